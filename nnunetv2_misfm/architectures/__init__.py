@@ -1,0 +1,5 @@
+"""Networks: plain PyTorch, importable by the dotted paths that plans and checkpoints name."""
+
+from nnunetv2_misfm.architectures.pct_net import PCTNet
+
+__all__ = ["PCTNet"]

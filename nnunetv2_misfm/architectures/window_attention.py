@@ -1,0 +1,345 @@
+"""Shifted-window self-attention over 3D token grids, the transformer branch of PCT-Net.
+
+Papers: Wang et al., MIS-FM, arXiv:2306.16925; its transformer is the shifted-window one of Liu et al., Swin
+Transformer, arXiv:2103.14030, section 3.2, in 3D with windows of 6 x 6 x 6 tokens.
+
+Deliberately unlike the code that the MIS-FM authors released (net/transformer.py):
+
+- The relative-position index uses the strides ((2w-1)^2, 2w-1, 1), so that every 3D offset owns a row of the
+  bias table. The released code uses (3w-1, 2w-1, 1), which makes offsets share rows; its tables can be
+  re-indexed without loss.
+- The bias table always has (2w-1)^3 rows. A window longer than the grid is cut along that axis alone and uses the
+  part of the table that it needs, so no entry of a state dict depends on the patch size and the other axes still
+  shift. `window_shrink="cube"` gives the released rule: the shortest axis sets the window of all.
+- Masks are made once per grid, not in every forward pass; the index is made once per module and not saved.
+- Attention is PyTorch's scaled_dot_product_attention, which need not store its matrix where a kernel allows.
+
+Kept as released, because its weights were trained so: tokens are padded with zeros after the LayerNorm, at the
+far end of each axis, and padded tokens take part in the softmax.
+
+Shape letters: B batch, D H W the token grid in array order, C channels, h heads, d = C / h, N tokens per window.
+"""
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Size3 = tuple[int, int, int]
+WindowShrink = Literal["per_axis", "cube"]
+
+# Added to the logits of token pairs that only the cyclic shift brought together (released code).
+MASKED_LOGIT = -100.0
+# Standard deviation of the initial bias table (released code).
+BIAS_TABLE_STD = 0.02
+# Hidden width of the MLP over C (released code).
+MLP_RATIO = 4
+
+
+def window_and_shift(grid: Size3, window_size: int, *, shifted: bool, shrink: WindowShrink) -> tuple[Size3, Size3]:
+    """The window and the cyclic shift that a block uses on a grid.
+
+    Args:
+        grid: tokens per axis (D, H, W).
+        window_size: nominal window edge, in tokens.
+        shifted: True for the second block of a layer.
+        shrink: "per_axis" cuts the window along the axes that are shorter than it and shifts those that are
+            longer; "cube" is the released rule: if the shortest axis is no longer than the window, it becomes the
+            window of all axes and nothing shifts.
+
+    Returns:
+        Window and shift per axis, in tokens.
+    """
+    if shrink == "cube" and min(grid) <= window_size:
+        edge = min(grid)
+        return (edge, edge, edge), (0, 0, 0)
+    half = window_size // 2 if shifted else 0
+    depth, height, width = grid
+    window = (min(window_size, depth), min(window_size, height), min(window_size, width))
+    shift = (
+        half if depth > window_size else 0,
+        half if height > window_size else 0,
+        half if width > window_size else 0,
+    )
+    return window, shift
+
+
+def padded_grid(grid: Size3, window: Size3) -> Size3:
+    """The grid rounded up to a multiple of the window along each axis."""
+    (depth, height, width), (wd, wh, ww) = grid, window
+    return (depth + wd - 1) // wd * wd, (height + wh - 1) // wh * wh, (width + ww - 1) // ww * ww
+
+
+def window_partition(tokens: Tensor, window: Size3, num_heads: int) -> Tensor:
+    """Tokens grouped by window and head.
+
+    Args:
+        tokens: (B, D, H, W, C), each axis of the grid a multiple of the window.
+        window: window per axis.
+        num_heads: parts into which C is split; the first C / h channels are head 0.
+
+    Returns:
+        (B, windows * h, N, d), windows and the tokens in them in row-major order, the head running fastest.
+    """
+    batch, depth, height, width, channels = tokens.shape
+    wd, wh, ww = window
+    head_dim = channels // num_heads
+    tokens = tokens.view(batch, depth // wd, wd, height // wh, wh, width // ww, ww, num_heads, head_dim)
+    windows = depth * height * width // (wd * wh * ww)
+    return tokens.permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(batch, windows * num_heads, wd * wh * ww, head_dim)
+
+
+def window_reverse(windows: Tensor, window: Size3, grid: Size3) -> Tensor:
+    """The inverse of `window_partition`: (B, windows * h, N, d) back to (B, D, H, W, C)."""
+    (depth, height, width), (wd, wh, ww) = grid, window
+    batch, count, tokens_per_window, head_dim = windows.shape
+    num_heads = count * tokens_per_window // (depth * height * width)
+    windows = windows.reshape(batch, depth // wd, height // wh, width // ww, num_heads, wd, wh, ww, head_dim)
+    return windows.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, depth, height, width, num_heads * head_dim)
+
+
+def relative_position_index(window_size: int) -> Tensor:
+    """The row of the bias table for each pair of tokens in a cubic window.
+
+    Args:
+        window_size: edge w of the window.
+
+    Returns:
+        (w^3, w^3) int64 in [0, (2w-1)^3). Entry (i, j) stands for the offset of token i (query) from token j
+        (key): its three parts, plus w - 1, are digits to the base 2w - 1.
+    """
+    edge = torch.arange(window_size)
+    coordinates = torch.stack(torch.meshgrid(edge, edge, edge, indexing="ij")).flatten(1)  # 3, N
+    digits = coordinates[:, :, None] - coordinates[:, None, :] + window_size - 1
+    base = 2 * window_size - 1
+    return digits[0] * base**2 + digits[1] * base + digits[2]
+
+
+@functools.lru_cache(maxsize=64)
+def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
+    """What to add to the logits after a cyclic shift, so that tokens attend only to their true neighbours.
+
+    The shift carries the first tokens of an axis behind its last ones. Two tokens of a window may attend to each
+    other if, along every axis, both were carried or neither was.
+
+    Args:
+        grid: padded grid (D, H, W), each axis a multiple of the window.
+        window: window per axis.
+        shift: tokens by which each axis was rolled towards its start; 0 where it was not.
+        device: where the mask shall live.
+
+    Returns:
+        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere. The tensor is shared: do not alter it.
+    """
+    # A mask first made while predicting must stay usable in training, which an inference tensor is not.
+    with torch.inference_mode(False), torch.no_grad():
+        region = torch.zeros(grid, device=device)
+        for axis in range(3):
+            carried = torch.arange(grid[axis], device=device) >= grid[axis] - shift[axis]
+            extent = [1, 1, 1]
+            extent[axis] = grid[axis]
+            region = region + carried.view(extent) * 2.0**axis
+        region = window_partition(region[None, ..., None], window, num_heads=1)[0, :, :, 0]  # windows, N
+        return (region[:, None, :] != region[:, :, None]) * MASKED_LOGIT
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole samples in training and scales the rest by 1 / (1 - p) (stochastic depth).
+
+    Args:
+        probability: p in [0, 1).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {probability}.")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, ...) to the same shape; each sample is kept or zeroed as a whole."""
+        if not self.training or self.probability == 0:
+            return x
+        keep = 1 - self.probability
+        return x * (x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learned bias per relative position (Swin Transformer, equation 4).
+
+    Args:
+        channels: C, a multiple of `num_heads`.
+        num_heads: h.
+        window_size: nominal window edge w; the bias table has (2w-1)^3 rows whatever the grid.
+        attention_dropout: dropout of the attention probabilities.
+        dropout: dropout behind the output projection.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self, channels: int, num_heads: int, *, window_size: int, attention_dropout: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.attention_dropout = attention_dropout
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=BIAS_TABLE_STD)
+        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_dropout = nn.Dropout(dropout)
+
+    def position_bias(self, window: Size3) -> Tensor:
+        """The bias (h, N, N) of a window no larger than the nominal one: its token pairs' rows of the table."""
+        (wd, wh, ww), full = window, self.window_size
+        tokens = wd * wh * ww
+        index = self.relative_position_index.view(full, full, full, full, full, full)
+        index = index[:wd, :wh, :ww, :wd, :wh, :ww].reshape(-1)
+        return self.relative_position_bias_table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1)
+
+    def forward(self, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
+        """Attends within the windows of a shifted grid.
+
+        Args:
+            tokens: (B, D, H, W, C), float; any grid.
+            window: window per axis, at most the nominal one.
+            shift: cyclic shift per axis, in tokens; 0 for none.
+
+        Returns:
+            (B, D, H, W, C).
+        """
+        _, depth, height, width, _ = tokens.shape
+        padded = padded_grid((depth, height, width), window)
+        tokens = functional.pad(tokens, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
+        shifted = any(shift)
+        if shifted:
+            tokens = torch.roll(tokens, (-shift[0], -shift[1], -shift[2]), dims=(1, 2, 3))
+        query, key, value = (
+            window_partition(part, window, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1)
+        )
+        bias = self.position_bias(window)  # h, N, N
+        if shifted:
+            bias = (shift_mask(padded, window, shift, tokens.device)[:, None] + bias).flatten(0, 1)
+        # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked
+        # bias of its own, of which the batch shares one copy.
+        shape = (-1, bias.shape[0], *query.shape[2:])
+        attended = functional.scaled_dot_product_attention(
+            query.reshape(shape),
+            key.reshape(shape),
+            value.reshape(shape),
+            attn_mask=bias[None].to(query.dtype),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        tokens = window_reverse(attended.reshape(query.shape), window, padded)
+        if shifted:
+            tokens = torch.roll(tokens, shift, dims=(1, 2, 3))
+        # The projection acts on each token alone, so padded tokens are dropped before it.
+        return self.proj_dropout(self.proj(tokens[:, :depth, :height, :width]))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, dropout, linear, dropout on each token.
+
+    Args:
+        channels: C.
+        dropout: dropout behind each linear layer.
+    """
+
+    def __init__(self, channels: int, *, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, MLP_RATIO * channels)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(MLP_RATIO * channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps (..., C) to (..., C)."""
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(tokens)))))
+
+
+class SwinBlock(nn.Module):
+    """LayerNorm, window attention, residual; LayerNorm, MLP, residual (Swin Transformer, equation 3).
+
+    Args:
+        channels: C, a multiple of `num_heads`.
+        num_heads: h.
+        shifted: whether the windows are shifted by half a window.
+        window_size: nominal window edge.
+        window_shrink: what happens to windows larger than the grid; see `window_and_shift`.
+        dropout: dropout behind the projection and in the MLP.
+        attention_dropout: dropout of the attention probabilities.
+        drop_path: probability of dropping either residual branch for a sample.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        shifted: bool,
+        window_size: int,
+        window_shrink: WindowShrink,
+        dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.shifted = shifted
+        self.window_size = window_size
+        self.window_shrink: WindowShrink = window_shrink
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(
+            channels, num_heads, window_size=window_size, attention_dropout=attention_dropout, dropout=dropout
+        )
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, dropout=dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens (B, D, H, W, C) of any grid to the same shape."""
+        _, depth, height, width, _ = tokens.shape
+        window, shift = window_and_shift(
+            (depth, height, width), self.window_size, shifted=self.shifted, shrink=self.window_shrink
+        )
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), window, shift))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+class SwinLayer(nn.Module):
+    """Two blocks, the second with shifted windows; the arguments are those of `SwinBlock`."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        window_shrink: WindowShrink,
+        dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                channels,
+                num_heads,
+                shifted=shifted,
+                window_size=window_size,
+                window_shrink=window_shrink,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                drop_path=drop_path,
+            )
+            for shifted in (False, True)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens (B, D, H, W, C) of any grid to the same shape."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens

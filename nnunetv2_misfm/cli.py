@@ -1,0 +1,121 @@
+"""The command `nnUNetv2_misfm`: thin over documented functions of the package.
+
+Sub-commands import what they need when they run, so that `path` answers without loading PyTorch.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nnunetv2_misfm import __version__, installation
+from nnunetv2_misfm.errors import MisfmError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a sub-command and returns the exit status: 0, 1 where `check` finds faults, 2 for a user's error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (MisfmError, NotImplementedError) as error:
+        print(f"nnUNetv2_misfm {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nnUNetv2_misfm", description="Pretraining and PCT-Net for nnU-Net v2.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    add("path", _path, 'Print the folder for nnU-Net: export nnUNet_extTrainer="$(nnUNetv2_misfm path)".')
+    add("enable", _enable, "Let nnU-Net find the trainers in this environment for good, without the variable.")
+    add("disable", _disable, "Undo enable.")
+    add("check", _check, "Say in plain words what is missing or wrong.")
+
+    command = add("configure", _configure, "Write a named configuration with other numbers into a plans file.")
+    _add_configuration(command)
+    command.add_argument("--name", required=True, help="name of the new configuration")
+    command.add_argument(
+        "settings", nargs="+", metavar="key=value", help="e.g. num_epochs=50 volume_fusion.num_levels=8"
+    )
+
+    command = add("preview", _preview, "Draw what Volume Fusion shows the network, as a PNG.")
+    _add_configuration(command)
+    command.add_argument("-o", "--output", type=Path, required=True, help="the PNG file")
+    command.add_argument("-n", "--num-samples", type=int, default=2)
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("demo", _demo, "Run the whole job on phantoms that the package makes itself.")
+    command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))
+    command.add_argument("-device", choices=("auto", "cuda", "cpu"), default="auto")
+    return parser
+
+
+def _add_configuration(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-d", "--dataset", required=True, help="number or name of the dataset")
+    command.add_argument("-c", "--configuration", required=True, help="configuration of its plans, e.g. 3d_fullres")
+    command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
+
+
+def _path(options: argparse.Namespace) -> int:
+    print(installation.discovery_folder())
+    return 0
+
+
+def _enable(options: argparse.Namespace) -> int:
+    print(f"nnU-Net now finds the trainers in this environment ({installation.enable()}); undo: nnUNetv2_misfm disable")
+    return 0
+
+
+def _disable(options: argparse.Namespace) -> int:
+    removed = installation.disable()
+    print("removed " + ", ".join(map(str, removed)) if removed else "nothing to remove: it was not enabled")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    findings = installation.check()
+    for finding in findings:
+        print(
+            f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}" + ("" if finding.ok else f"\n      {finding.remedy}")
+        )
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _configure(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.planning.configure import configure
+
+    file = configure(options.dataset, options.configuration, options.name, options.settings, options.plans)
+    print(f"wrote configuration {options.name} (inherits from {options.configuration}) into {file}")
+    return 0
+
+
+def _preview(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.preview import preview
+
+    print(
+        preview(
+            options.dataset,
+            options.configuration,
+            options.output,
+            options.plans,
+            options.num_samples,
+            options.seed,
+        )
+    )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.demo import run_demo
+
+    run_demo(options.output, options.device)
+    return 0

@@ -1,0 +1,1 @@
+"""Making nnU-Net raw datasets."""

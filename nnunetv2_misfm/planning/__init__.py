@@ -1,0 +1,1 @@
+"""Writing configurations into nnU-Net plans."""

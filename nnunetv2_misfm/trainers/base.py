@@ -1,0 +1,351 @@
+"""What all trainers of this package share, on top of nnU-Net's `nnUNetTrainer`.
+
+Hooks of nnU-Net 2.8 that are overridden, and what each does instead: `__init__` (reads the `misfm` block),
+`initialize` (seeds; wraps for DDP on any device), `build_network_architecture` (a classmethod, so that mixins chain),
+`configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split` (no silent random fold),
+`train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, one more
+key) and `load_checkpoint` (falls back from an unreadable file under `--c`).
+"""
+
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.installation import require_supported_nnunet
+from nnunetv2_misfm.trainers.halving_lr import HalvingLRScheduler
+from nnunetv2_misfm.trainers.metadata import checkpoint_metadata, data_fingerprint
+from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, read_recipes
+from nnunetv2_misfm.weights.checkpoint import read_checkpoint, write_checkpoint
+
+# nnU-Net's names, in the order in which its own --c looks for them
+CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+
+# nnU-Net's cross-validation (nnUNetTrainer.do_split)
+NUM_DEFAULT_FOLDS = 5
+
+
+class MisfmTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with numbers from the `misfm` block, guarded checkpoints and DDP on any device.
+
+    Attributes:
+        recipe_defaults: Common numbers where the block says nothing.
+        method: Recipe class of a pretraining trainer's method; None for trainers that learn from labels.
+        citations: Papers to cite, recorded in every checkpoint.
+    """
+
+    is_ddp: bool
+    grad_scaler: Any
+    network: Any
+    recipe_defaults: ClassVar[Recipe] = Recipe()
+    method: ClassVar[type[MethodRecipe] | None] = None
+    citations: ClassVar[tuple[str, ...]] = ("Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021)",)
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net reads this very signature
+    ) -> None:
+        require_supported_nnunet()
+        for variable in (nnUNet_preprocessed, nnUNet_results):
+            if not variable.is_set():
+                raise MisfmError(
+                    f"expected the environment variable {variable.env_var_name} to name a folder, but it is "
+                    "not set: export it (nnU-Net's documentation, setting_up_paths)."
+                )
+        # nnU-Net's constructor pops this key
+        self._may_fall_back = bool(plans.get("continue_training", False))
+        self.check_configuration(PlansManager(plans).get_configuration(configuration))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:  # nnU-Net takes the global rank for the number of the GPU
+            index = int(os.environ.get("LOCAL_RANK") or self.local_rank)
+            use_cuda = "nccl" in dist.get_backend()
+            self.device = torch.device("cuda", index) if use_cuda else torch.device("cpu")
+            self.grad_scaler = self.grad_scaler if use_cuda else None
+        self.recipe, self.method_recipe = self.read_recipes(self.configuration_manager)
+        self.apply_recipe()
+        self.weights_report: dict[str, Any] | None = None
+        self.data_fingerprint: dict[str, Any] | None = None
+        self.was_resumed = False
+        self._step = 0
+
+    @classmethod
+    def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
+        """Raises, before anything is written, where this trainer cannot work on a configuration at all."""
+        cls.read_recipes(configuration_manager)
+
+    @classmethod
+    def read_recipes(cls, configuration_manager: ConfigurationManager) -> tuple[Recipe, MethodRecipe | None]:
+        """Returns the common and the method's recipe under a configuration's `misfm` block.
+
+        Raises:
+            MisfmError: The block has an unknown key or a wrong value.
+        """
+        return read_recipes(configuration_manager.configuration.get("misfm"), cls.recipe_defaults, cls.method)
+
+    def apply_recipe(self) -> None:
+        """Hands the recipe's numbers to nnU-Net's attributes."""
+        self.num_epochs = self.recipe.num_epochs
+        self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.recipe.num_val_iterations_per_epoch
+        self.initial_lr = self.recipe.initial_lr
+        self.weight_decay = self.recipe.weight_decay
+
+    # ------------------------------------------------------------------ network
+
+    @classmethod
+    def network_description(
+        cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager
+    ) -> dict[str, Any]:
+        """Returns the network as plain data: `class` (dotted path), `kwargs`, and which of them are dotted paths."""
+        return {
+            "class": configuration_manager.network_arch_class_name,
+            "kwargs": configuration_manager.network_arch_init_kwargs,
+            "kwargs_to_import": list(configuration_manager.network_arch_init_kwargs_req_import),
+        }
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Returns the network of `network_description`; nnU-Net calls this on the class at prediction.
+
+        Args:
+            plans_manager: The plans.
+            configuration_manager: The resolved configuration, whose `misfm` block may hold widths.
+            num_input_channels: Channels of the input.
+            num_output_channels: Channels of the output.
+            enable_deep_supervision: Whether the network returns a list of outputs, finest first.
+        """
+        description = cls.network_description(plans_manager, configuration_manager)
+        return get_network_from_plans(
+            description["class"],
+            description["kwargs"],
+            description["kwargs_to_import"],
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def initialize(self) -> None:
+        """Seeds, then lets nnU-Net build network, optimiser and loss; replaces only its wrapping for DDP."""
+        if self.recipe.seed is not None:
+            seed = self.recipe.seed + self.local_rank
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        if not self.is_ddp:
+            super().initialize()
+            return
+        self.is_ddp = False  # nnU-Net's own wrapping supposes CUDA and equates rank and GPU
+        super().initialize()
+        self.is_ddp = True
+        self._set_batch_size_and_oversample()
+        self.network = self._wrap_for_ddp(self.network)
+        self.loss = self._build_loss()
+
+    def _wrap_for_ddp(self, network: nn.Module) -> DistributedDataParallel:
+        if self.device.type != "cuda":  # SyncBatchNorm exists for CUDA only
+            return DistributedDataParallel(network)
+        return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(network), device_ids=[self.device.index])
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Returns optimiser and learning-rate schedule of the recipe (nnU-Net has SGD and poly only)."""
+        optimizer, scheduler = super().configure_optimizers()
+        if self.recipe.optimizer != "sgd":
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.recipe.optimizer]
+            optimizer = kind(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+            scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        if self.recipe.lr_schedule == "halving":
+            scheduler = HalvingLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        return optimizer, scheduler
+
+    # ------------------------------------------------------------------ data
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Returns nnU-Net's split, but refuses a fold past the end instead of drawing a random one.
+
+        Raises:
+            MisfmError: The fold is not in splits_final.json, or there are too few cases to make that file.
+        """
+        splits_file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold != "all":
+            num_splits = len(load_json(str(splits_file))) if splits_file.is_file() else NUM_DEFAULT_FOLDS
+            if self.fold >= num_splits:
+                raise MisfmError(
+                    f"expected a fold below {num_splits} (the splits in {splits_file}), got {self.fold}; "
+                    "append the split there or choose another fold."
+                )
+            num_cases = len(
+                infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
+            )
+            if not splits_file.is_file() and num_cases < NUM_DEFAULT_FOLDS:
+                raise MisfmError(
+                    f"expected at least {NUM_DEFAULT_FOLDS} cases for nnU-Net's cross-validation, got {num_cases}; "
+                    "use the fold 'all' or write splits_final.json."
+                )
+        return super().do_split()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 - nnU-Net's name
+        """Returns nnU-Net's settings; without rotation the crop needs no margin, so it is the patch itself."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.recipe.augmentation == "flips":
+            initial_patch_size = np.array(self.configuration_manager.patch_size)
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_training_transforms(
+        self,
+        patch_size: Any,
+        rotation_for_DA: Any,  # noqa: N803 - nnU-Net's name
+        deep_supervision_scales: list | None,
+        mirror_axes: tuple[int, ...],
+        do_dummy_2d_data_aug: bool,
+        **labels: Any,
+    ) -> BasicTransform:
+        """Returns nnU-Net's augmentation, or for `flips` mirroring and nnU-Net's handling of labels alone."""
+        if self.recipe.augmentation == "nnunet":
+            return super().get_training_transforms(
+                patch_size,
+                rotation_for_DA,
+                deep_supervision_scales,
+                mirror_axes,
+                do_dummy_2d_data_aug,
+                **labels,
+            )
+        labels.pop("use_mask_for_norm", None)  # only needed where noise was added outside the mask
+        handling = self.get_validation_transforms(deep_supervision_scales, **labels)
+        return ComposeTransforms([MirrorTransform(allowed_axes=mirror_axes), handling])
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        """Starts as nnU-Net does, and notes what the run is made of."""
+        super().on_train_start()
+        self._may_fall_back = False
+        self.data_fingerprint = data_fingerprint(self)
+        self.print_to_log_file(f"Recipe: {self.recipe}" + (f" {self.method_recipe}" if self.method_recipe else ""))
+
+    def on_train_epoch_start(self) -> None:
+        """Starts an epoch as nnU-Net does and counts its steps from zero."""
+        super().on_train_epoch_start()
+        self._step = 0
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the validation of an epoch as nnU-Net does and counts its steps from zero."""
+        super().on_validation_epoch_start()
+        self._step = 0
+
+    def train_step(self, batch: dict) -> dict:
+        """Takes nnU-Net's training step and stops the run at a loss that is not finite."""
+        return self._finite(super().train_step(batch), batch, "training")
+
+    def validation_step(self, batch: dict) -> dict:
+        """Takes nnU-Net's validation step and stops the run at a loss that is not finite."""
+        return self._finite(super().validation_step(batch), batch, "validation")
+
+    def _finite(self, result: dict, batch: dict, phase: str) -> dict:
+        """Returns the result of a step with a finite loss; all ranks of a DDP run stop together."""
+        finite = bool(np.isfinite(result["loss"]))
+        everywhere = finite
+        if self.is_ddp:
+            flag = torch.tensor(float(finite), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            everywhere = bool(flag)
+        if not everywhere:
+            cases = ", ".join(map(str, batch["keys"]))
+            here = "loss not finite on another rank" if finite else f"loss {result['loss']}"
+            raise MisfmError(
+                f"{phase} stopped in epoch {self.current_epoch}, step {self._step}, rank {self.local_rank}: {here}; cases "
+                f"of the batch: {cases}. The last good checkpoint is kept: look at these cases or lower initial_lr, "
+                "then go on with --c."
+            )
+        self._step += 1
+        return result
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes nnU-Net's checkpoint plus `misfm_meta`, atomically and as plain data.
+
+        nnU-Net writes to a buffer here, so that whatever keys its version has are kept.
+
+        Raises:
+            MisfmError: The file could not be written; the former one is intact.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)  # nnU-Net's own word on it
+            return
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # what was just written
+        write_checkpoint({**checkpoint, "misfm_meta": checkpoint_metadata(self)}, filename)
+
+    def load_checkpoint(self, filename: str) -> None:
+        """Resumes from a checkpoint; under `--c` an unreadable one gives way to the newest that can be read.
+
+        Raises:
+            MisfmError: The file cannot be read and no other may stand in.
+        """
+        path = Path(filename)
+        try:
+            checkpoint = read_checkpoint(path)
+        except MisfmError as error:
+            if not self._may_fall_back:
+                raise
+            path, checkpoint = self._newest_readable(path.parent, error)
+            self.print_to_log_file(
+                f"WARNING: {error} Going on from {path} (epoch {checkpoint['current_epoch']}) instead."
+            )
+        super().load_checkpoint(str(path))
+        self.weights_report = checkpoint.get("misfm_meta", {}).get("pretrained_weights")
+        self.was_resumed = True
+
+    def _newest_readable(self, folder: Path, error: MisfmError) -> tuple[Path, dict[str, Any]]:
+        readable = []
+        for name in CHECKPOINT_NAMES:
+            try:
+                readable.append((folder / name, read_checkpoint(folder / name)))
+            except MisfmError:
+                continue
+        if not readable:
+            raise MisfmError(
+                f"{error} No other checkpoint in {folder} can be read either: start anew without --c."
+            ) from error
+        return max(readable, key=lambda entry: entry[1]["current_epoch"])

@@ -1,0 +1,159 @@
+"""What all fine-tuning shares: where the pretrained weights come from, and the account of what they gave.
+
+nnU-Net initialises first and only then loads its `-pretrained_weights`, without telling the trainer. So everything
+here happens at `on_train_start`: weights that changed since initialisation were loaded by nnU-Net's flag, and nothing
+else is loaded; a resumed run loads nothing; all others take the first of three routes that leads to a file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import distributed as dist
+
+from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers.base import MisfmTrainer
+from nnunetv2_misfm.trainers.dimension import require_3d
+from nnunetv2_misfm.weights.checkpoint import file_sha256, network_weights, read_checkpoint, tensors_sha256
+from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
+
+WEIGHTS_VARIABLE = "nnUNet_misfm_weights"
+REPORT_NAME = "pretrained_weights.json"
+
+
+class FinetuneTrainer(MisfmTrainer):
+    """Base of the trainers that start from pretrained weights and never from scratch in silence.
+
+    Attributes:
+        pretrain_trainer: Name of the matching `...Pretrain` trainer.
+    """
+
+    pretrain_trainer: ClassVar[str]
+
+    @classmethod
+    def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
+        """Raises NotImplementedError for a 2D configuration: pretraining is 3D."""
+        super().check_configuration(configuration_manager)
+        require_3d(configuration_manager, cls.__name__)
+
+    def initialize(self) -> None:
+        """Initialises as usual and remembers the weights, to see whether nnU-Net's flag loads others."""
+        super().initialize()
+        self._initial_weights = self._body_sha256()
+
+    def _body_sha256(self) -> str:
+        body = {name: t for name, t in self.bare_network.state_dict().items() if HEAD_MARK not in name}
+        return tensors_sha256(body)
+
+    def on_train_start(self) -> None:
+        """Loads pretrained weights where nothing was loaded yet, then starts as nnU-Net does.
+
+        Raises:
+            MisfmError: No weights found, or weights that do not fit; before the first epoch.
+        """
+        if self.was_resumed:
+            pass  # the checkpoint holds all weights and the account of where they came from
+        elif self.was_initialized and self._body_sha256() != self._initial_weights:
+            self._report(self._account_of_flag())
+        else:
+            file, route = self.find_weights()  # before the network is built: fails early
+            if not self.was_initialized:
+                self.initialize()
+            self._report(self._load(file, route))
+        super().on_train_start()
+
+    # ------------------------------------------------------------------ the routes
+
+    def find_weights(self) -> tuple[Path, str]:
+        """Returns the file of pretrained weights and the route that led to it.
+
+        Raises:
+            MisfmError: No route leads to a file, or two finished pretraining runs could be meant.
+        """
+        if self.recipe.pretrained_weights:
+            return Path(self.recipe.pretrained_weights), "misfm.pretrained_weights in the plans"
+        if os.environ.get(WEIGHTS_VARIABLE):
+            return Path(os.environ[WEIGHTS_VARIABLE]), f"the variable {WEIGHTS_VARIABLE}"
+        for fold in dict.fromkeys(["all", self.fold]):
+            found = [file for file in self._pretraining_results(fold) if file.is_file()]
+            if len(found) > 1:
+                files = ", ".join(map(str, found))
+                raise MisfmError(
+                    f"expected one finished run of {self.pretrain_trainer}, got {len(found)}: {files}; name one with "
+                    f"-pretrained_weights, misfm.pretrained_weights in the plans, or the variable {WEIGHTS_VARIABLE}."
+                )
+            if found:
+                return found[0], f"a finished run of {self.pretrain_trainer} on this dataset"
+        dataset, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+        looked_in = self._pretraining_results("all")[0].parent.parent
+        raise MisfmError(
+            f"{type(self).__name__} expected pretrained weights and found none by any of its four routes: "
+            f"1. -pretrained_weights FILE; 2. misfm.pretrained_weights in the plans ({plans}, configuration "
+            f"{self.configuration_name}); 3. the variable {WEIGHTS_VARIABLE}; 4. a finished run of "
+            f"{self.pretrain_trainer} in {looked_in}. To pretrain: nnUNetv2_train {dataset} "
+            f"{self.configuration_name} all -tr {self.pretrain_trainer} -p {plans}"
+        )
+
+    def _pretraining_results(self, fold: int | str) -> list[Path]:
+        """Returns where runs on this configuration, and on those that it inherits from, keep their final weights."""
+        configurations = self.plans_manager.plans["configurations"]
+        names = [self.configuration_name]
+        while "inherits_from" in configurations[names[-1]]:
+            names.append(configurations[names[-1]]["inherits_from"])
+        dataset = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
+        run = f"{self.pretrain_trainer}__{self.plans_manager.plans_name}"
+        return [dataset / f"{run}__{name}" / f"fold_{fold}" / "checkpoint_final.pth" for name in names]
+
+    # ------------------------------------------------------------------ loading and accounting
+
+    def _load(self, file: Path, route: str) -> dict[str, Any]:
+        checkpoint = read_checkpoint(file)
+        num_label_channels = len(self.label_manager.foreground_labels) if self.is_cascaded else 0
+        try:
+            report = transfer_weights(
+                network_weights(checkpoint, file), self.bare_network, self.recipe.transfer, num_label_channels
+            )
+        except MisfmError as error:
+            raise MisfmError(f"{file} (by {route}): {error}") from error
+        self.print_to_log_file(f"Pretrained weights: {file}, by {route}: {report.summary()}")
+        for name, how in report.adapted.items():
+            self.print_to_log_file(f"  adapted {name}: {how}")
+        for name, why in report.fresh.items():
+            self.print_to_log_file(f"  left fresh {name}: {why}")
+        return {"route": route, "file": str(file), "sha256": file_sha256(file), **report.as_dict()}
+
+    def _account_of_flag(self) -> dict[str, Any]:
+        """Returns the account of what nnU-Net's own `-pretrained_weights` loaded (all but the heads, or it fails)."""
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument("-pretrained_weights")
+        file = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
+        names = self.bare_network.state_dict()
+        account = {
+            "route": "-pretrained_weights",
+            "file": file,
+            "sha256": file_sha256(file) if file and Path(file).is_file() else None,
+            "tensors_sha256": self._body_sha256(),
+            "transfer": "all",
+            "moved": [name for name in names if HEAD_MARK not in name],
+            "adapted": {},
+            "fresh": {name: "output head" for name in names if HEAD_MARK in name},
+            "share": 1.0,
+        }
+        self.print_to_log_file(
+            f"Pretrained weights: {file or 'a file given to nnU-Net'}, by nnU-Net's -pretrained_weights; "
+            "the other routes are not looked at."
+        )
+        return account
+
+    def _report(self, account: dict[str, Any]) -> None:
+        self.weights_report = account
+        if self.local_rank == 0:
+            path = Path(self.output_folder) / REPORT_NAME
+            path.write_text(json.dumps(account, indent=1) + "\n")
+        if self.is_ddp:
+            dist.barrier()

@@ -1,0 +1,58 @@
+"""What a checkpoint of this package says of itself: the plain data under its key `misfm_meta`."""
+
+import hashlib
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2_misfm.weights.checkpoint import plain
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.trainers.base import MisfmTrainer
+
+_RECORDED_PACKAGES = (
+    "nnunetv2-misfm",
+    "nnunetv2",
+    "torch",
+    "batchgeneratorsv2",
+    "dynamic-network-architectures",
+)
+
+
+def data_fingerprint(trainer: "MisfmTrainer") -> dict[str, Any]:
+    """Returns dataset, number of training cases, and a SHA-256 over their names and nnU-Net's dataset fingerprint."""
+    cases = sorted(trainer.do_split()[0])
+    digest = hashlib.sha256("\n".join(cases).encode())
+    digest.update((Path(trainer.preprocessed_dataset_folder_base) / "dataset_fingerprint.json").read_bytes())
+    return {
+        "dataset": trainer.plans_manager.dataset_name,
+        "num_training_cases": len(cases),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:
+    """Returns `misfm_meta`: method, recipe, network (enough to rebuild it), data, versions, citations.
+
+    `network.kwargs` together with `input_channels`, `num_classes` and `deep_supervision` are the arguments of
+    `network.class`; the values listed in `network.kwargs_to_import` are dotted paths themselves.
+    """
+    description = trainer.network_description(trainer.plans_manager, trainer.configuration_manager)
+    heads = trainer.label_manager.num_segmentation_heads
+    recipe = asdict(trainer.recipe)
+    if trainer.method is not None and trainer.method_recipe is not None:
+        recipe[trainer.method.method] = asdict(trainer.method_recipe)
+    return plain(
+        {
+            "method": trainer.method.method if trainer.method else "supervised",
+            "recipe": recipe,
+            "network": {**description, "input_channels": trainer.num_input_channels, "num_classes": heads},
+            "patch_size": list(trainer.configuration_manager.patch_size),
+            "batch_size": trainer.configuration_manager.batch_size,
+            "data": trainer.data_fingerprint,
+            "pretrained_weights": trainer.weights_report,
+            "versions": {name: version(name) for name in _RECORDED_PACKAGES},
+            "citations": list(trainer.citations),
+        }
+    )

@@ -1,0 +1,157 @@
+"""The numbers of a run, and how the `misfm` block of a plans configuration overrides them.
+
+A recipe is a frozen dataclass whose fields are the documentation of the knobs. `Recipe` holds what all trainers of
+this package share; a method adds a `MethodRecipe` of its own, read from the sub-block that bears its name:
+
+    "3d_fullres_vf": {"inherits_from": "3d_fullres",
+                      "misfm": {"num_epochs": 400, "volume_fusion": {"num_levels": 8, "initial_lr": 3e-4}}}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nnunetv2_misfm.errors import MisfmError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every trainer of this package reads from the block. The defaults are nnU-Net's own.
+
+    Attributes:
+        num_epochs: Length of the run in epochs.
+        num_iterations_per_epoch: Training steps of an epoch.
+        num_val_iterations_per_epoch: Validation steps of an epoch.
+        optimizer: `sgd` is nnU-Net's (Nesterov momentum 0.99), `adam` is PyTorch's with L2 weight decay, `adamw`
+            decouples the decay.
+        initial_lr: Learning rate of the first epoch.
+        weight_decay: L2 coefficient.
+        lr_schedule: `poly` is nnU-Net's; `halving` halves the rate after every fifth of the run.
+        augmentation: `nnunet` is nnU-Net's full set; `flips` only crops and mirrors.
+        seed: Seeds Python, NumPy and PyTorch; None leaves them as they are (nnU-Net's way). Runs repeat exactly only
+            with `nnUNet_n_proc_DA=0`, since the order in which data workers deliver is not fixed.
+        features_per_stage: Channels per level of the networks of this package; None is their default. The plans'
+            networks take theirs from nnU-Net's own `architecture`.
+        pretrained_weights: Checkpoint file that a fine-tuning trainer starts from.
+        transfer: What moves over at fine-tuning: `all` (but the heads) or only the `encoder`.
+    """
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    initial_lr: float = 1e-2
+    weight_decay: float = 3e-5
+    lr_schedule: Literal["poly", "halving"] = "poly"
+    augmentation: Literal["nnunet", "flips"] = "nnunet"
+    seed: int | None = None
+    features_per_stage: tuple[int, ...] | None = None
+    pretrained_weights: str | None = None
+    transfer: Literal["all", "encoder"] = "all"
+
+    def __post_init__(self) -> None:
+        for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
+            require(getattr(self, key) > 0, key, "a number above 0", getattr(self, key))
+        require(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
+        widths = self.features_per_stage
+        require(
+            widths is None or (len(widths) > 0 and min(widths) > 0),
+            "features_per_stage",
+            "positive numbers",
+            widths,
+        )
+
+
+@dataclass(frozen=True)
+class MethodRecipe:
+    """Base of the recipes of pretraining methods; a subclass names its block in `method`."""
+
+    method: ClassVar[str]
+
+
+def require(holds: bool, key: str, expected: str, got: object) -> None:
+    """Raises the error of a value that has the right type but a wrong range.
+
+    Raises:
+        MisfmError: `holds` is false.
+    """
+    if not holds:
+        raise MisfmError(f"misfm block: {key} must be {expected}, got {got!r}; correct it in the plans file.")
+
+
+def read_recipes(
+    block: object, defaults: Recipe, method: type[MethodRecipe] | None = None
+) -> tuple[Recipe, MethodRecipe | None]:
+    """Returns the common recipe and the method's, with the block's values in place of the defaults.
+
+    Args:
+        block: The value of `misfm` in a resolved configuration (None where there is none).
+        defaults: The trainer's common recipe.
+        method: Recipe class of a pretraining trainer's method; its sub-block may also hold common keys, which win
+            over the block's. None for all other trainers, for which sub-blocks are only checked.
+
+    Raises:
+        MisfmError: The block is no dictionary, or a key is unknown, or a value has a wrong type or range.
+    """
+    if block is None:
+        block = {}
+    if not isinstance(block, Mapping):
+        raise MisfmError(f"misfm block: expected a dictionary of keys, got {block!r}; correct it in the plans file.")
+    methods = {m.method: m for m in MethodRecipe.__subclasses__()}
+    sub_blocks = {k: v for k, v in block.items() if isinstance(v, Mapping) or k in methods}
+    unknown = [k for k in sub_blocks if k not in methods]
+    if unknown:
+        raise _unknown_key(unknown[0], [f.name for f in fields(Recipe)] + list(methods), "")
+    recipe = _override(defaults, {k: v for k, v in block.items() if k not in sub_blocks}, list(methods), "")
+    chosen = None
+    for name, sub_block in sub_blocks.items():
+        if not isinstance(sub_block, Mapping):
+            raise MisfmError(f"misfm block: {name} must be a dictionary of the method's keys, got {sub_block!r}.")
+        common = {f.name for f in fields(Recipe)}
+        own = {k: v for k, v in sub_block.items() if k not in common}
+        method_recipe = _override(methods[name](), own, sorted(common), f"{name}.")
+        with_common = _override(recipe, {k: v for k, v in sub_block.items() if k in common}, [], f"{name}.")
+        if methods[name] is method:
+            chosen, recipe = method_recipe, with_common
+    return recipe, chosen if chosen is not None or method is None else method()
+
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, MethodRecipe)
+
+
+def _override(recipe: AnyRecipe, values: Mapping[str, Any], also_known: list[str], prefix: str) -> AnyRecipe:
+    hints = get_type_hints(type(recipe))
+    known = [f.name for f in fields(recipe)]
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            raise _unknown_key(prefix + key, known + also_known, prefix)
+        checked[key] = _checked(prefix + key, value, hints[key])
+    return replace(recipe, **checked)
+
+
+def _unknown_key(key: str, known: list[str], prefix: str) -> MisfmError:
+    where = f" in {prefix[:-1]}" if prefix else ""
+    return MisfmError(f"misfm block: unknown key {key!r}; known keys{where} are {', '.join(known)}.")
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """Returns a JSON value as the annotated type (lists become tuples, whole numbers floats where asked)."""
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return None
+        (hint,) = (h for h in get_args(hint) if h is not NoneType)
+    if get_origin(hint) is Literal:
+        require(value in get_args(hint), key, "one of " + ", ".join(map(repr, get_args(hint))), value)
+        return value
+    if get_origin(hint) is tuple:
+        item, *rest = get_args(hint)
+        size = None if rest and rest[0] is Ellipsis else 1 + len(rest)
+        expected = f"a list of {'' if size is None else f'{size} '}{item.__name__} values"
+        require(isinstance(value, list | tuple) and size in (None, len(value)), key, expected, value)
+        return tuple(_checked(key, v, item) for v in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = number if hint is float else (isinstance(value, hint) and (hint is bool or not isinstance(value, bool)))
+    require(right, key, f"of type {hint.__name__}", value)
+    return float(value) if hint is float else value

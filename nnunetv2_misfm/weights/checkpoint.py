@@ -1,0 +1,132 @@
+"""Checkpoint files: written whole or not at all, and read without running anything that they contain."""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunetv2_misfm.errors import MisfmError
+
+# What a stock nnU-Net 2.8 checkpoint holds beside tensors and plain data: numbers of NumPy type (`_best_ema`, the
+# logged curves). Reading them runs no code of the file's choosing. NumPy 1 and 2 write the rebuilding function under
+# different names.
+_REBUILD_SCALAR = np.float32(0).__reduce__()[0]
+_NUMPY_SCALARS: list[Any] = [
+    (_REBUILD_SCALAR, "numpy.core.multiarray.scalar"),
+    (_REBUILD_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+]
+
+
+def plain(value: Any) -> Any:
+    """Returns the same data with NumPy scalars and arrays as Python numbers and lists, in fresh containers.
+
+    Tensors, strings and other leaves are handed on as they are.
+    """
+    if isinstance(value, Mapping):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(v) for v in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a checkpoint that `torch.load(..., weights_only=True)` can read, atomically.
+
+    The data go to a temporary file in the same folder, reach the disk (fsync) and only then take the name `path`;
+    whatever interrupts this leaves the former file as it was.
+
+    Raises:
+        MisfmError: The file could not be written (a full disk, say); the former file is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(plain(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise MisfmError(f"{path} could not be written ({error}); the former checkpoint, if any, is intact.") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Returns the dictionary in a checkpoint file, its tensors on the CPU and mapped from the file.
+
+    Only tensors, plain data and NumPy numbers are accepted: nothing in the file is executed.
+
+    Raises:
+        MisfmError: No such file, a truncated or foreign one, or one that holds other objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MisfmError(f"expected a checkpoint file at {path}, found none; check the path.")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise MisfmError(
+            f"{path} is no checkpoint of tensors and plain data, so it is not read ({reason}); it is truncated, "
+            "foreign, or holds other objects."
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise MisfmError(
+            f"{path} is truncated or no PyTorch checkpoint ({type(error).__name__}); write it again."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise MisfmError(f"{path}: expected a checkpoint dictionary, got {type(checkpoint).__name__}.")
+    return checkpoint
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file is in PyTorch's present container, the only one that can be mapped into memory."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def network_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """Returns the state dict in an nnU-Net checkpoint, without the prefixes of DDP and torch.compile.
+
+    Raises:
+        MisfmError: The checkpoint has no `network_weights`, or they are empty or not all tensors.
+    """
+    weights = checkpoint.get("network_weights")
+    if not isinstance(weights, Mapping) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+        keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
+        raise MisfmError(
+            f"{path}: expected an nnU-Net checkpoint with tensors under 'network_weights', got the keys {keys}; "
+            "pass the checkpoint_final.pth of a training."
+        )
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
