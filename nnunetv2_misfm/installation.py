@@ -75,12 +75,11 @@ def require_supported_nnunet() -> None:
 def enable() -> Path:
     """Make nnU-Net's own commands find our trainers in this environment, with no variable to set.
 
-    Writes a start-up file into the environment's site directory or, where that cannot be written, into the
-    user's site directory if Python uses one. From then on **Python runs a line of ours whenever an
-    interpreter of this environment starts**, also for programs that have nothing to do with nnU-Net. So it is opt-in
-    and does one thing: append `discovery_folder()` to `nnUNet_extTrainer`, behind what the user has set. It is
-    silent whatever happens and does nothing once this package is gone. `disable` removes the file;
-    uninstalling the package does not.
+    Writes a start-up file into the environment's site directory or, where that cannot be written, into the user's
+    site directory if Python uses one. From then on **Python runs a line of ours at every start of an interpreter of
+    this environment**, also for programs that have nothing to do with nnU-Net. So it is opt-in and does one thing:
+    append `discovery_folder()` to `nnUNet_extTrainer`, behind what the user has set. It is silent whatever happens
+    and does nothing once this package is gone. `disable` removes the file; uninstalling the package does not.
 
     Python reads the user's site directory before the environment's, so from there the hook can only serve a
     package that is installed for the user as well (what pip does where the environment cannot be written).

@@ -40,8 +40,7 @@ def is_what_is_found_and_imported(trainer):
 
 
 def ask_workers(trainer):
-    methods = [name for name in ("spawn", "forkserver") if name in multiprocessing.get_all_start_methods()]
-    pools = {name: multiprocessing.get_context(name).Pool(1) for name in methods}
+    pools = {name: multiprocessing.get_context(name).Pool(1) for name in ("spawn", "forkserver")}
     pending = {name: pool.apply_async(is_what_is_found_and_imported, (trainer,)) for name, pool in pools.items()}
     return {name: answer.get(timeout=300) for name, answer in pending.items()}
 
@@ -61,14 +60,18 @@ def is_found_without_the_variable():
 
 
 if __name__ == "__main__":
+    folder, users_trainer = sys.argv[1:]
     trainer = find(OURS)
     answer = {
         "file": inspect.getfile(trainer),
+        "check": ask_check(),
         "same": is_what_is_found_and_imported(trainer),
         "pickles": pickle.loads(pickle.dumps(trainer)) is trainer,
-        "others": {name: find(name).__name__ for name in sys.argv[2:]},
+        "workers": ask_workers(trainer),
+        "users": find(users_trainer).__name__,
     }
-    answer |= {"workers": ask_workers(trainer)} if sys.argv[1] == "workers" else {"check": ask_check()}
+    os.environ["nnUNet_extTrainer"] = folder
+    answer["same with our folder alone"] = is_what_is_found_and_imported(trainer)
     answer["found without the variable"] = is_found_without_the_variable()
     print(json.dumps(answer))
 """
@@ -83,7 +86,7 @@ class nnUNetTrainerOfTheUser(nnUNetTrainer):
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    """What the command prints; it must succeed, and silence on stderr is left to the caller to ask for."""
+    """What the command prints on stdout; it must succeed."""
     done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -99,11 +102,14 @@ class Environment:
         self.python = self.scripts / "python"
         (self.site_folder,) = (folder / "venv" / "lib").glob("python3*/site-packages")
         (self.site_folder / "borrowed.pth").write_text(f"{borrowed}\n")
+        self.package = self.site_folder / "nnunetv2_misfm"
         if route == "uv pip install":
             self.uv("install", "--no-deps", "--no-build-isolation", str(wheel))
+        elif route == "pip install":
+            run(self.python, *PIP_INSTALL, wheel, cwd=folder)
         else:
-            what = ["--editable", str(REPOSITORY)] if route == "pip install --editable" else [str(wheel)]
-            run(self.python, *PIP_INSTALL, *what, cwd=folder)
+            run(self.python, *PIP_INSTALL, "--editable", REPOSITORY, cwd=folder)
+            self.package = REPOSITORY / "nnunetv2_misfm"
 
     def uv(self, action: str, *arguments: str) -> None:
         options = ["--quiet", "--offline", "--no-cache", "--python", str(self.python)]
@@ -151,38 +157,35 @@ def installed(request, tmp_path_factory, borrowed, wheel) -> Environment:
     return Environment(request.param, tmp_path_factory.mktemp("installed"), borrowed, wheel)
 
 
-def test_with_the_variable_exported_nnunet_finds_one_class_that_every_kind_of_worker_can_unpickle(installed):
-    folder = installed.misfm("path")
-    package = REPOSITORY if installed.route == "pip install --editable" else installed.site_folder
-    assert folder == str(package / "nnunetv2_misfm" / "trainers" / "discovery")
-    answer = installed.probe("workers", nnUNet_extTrainer=folder)
-    assert Path(answer.pop("file")).is_relative_to(package / "nnunetv2_misfm" / "trainers")
-    assert answer == {
-        "same": True,
-        "pickles": True,
-        "others": {},
-        "workers": {"spawn": True, "forkserver": True},
-        "found without the variable": False,
-    }
+def test_the_hook_appends_our_folder_behind_the_users_own_until_disabled(installed):
+    ours, hook = installed.misfm("path"), installed.site_folder / "nnunetv2_misfm_trainers.pth"
+    assert ours == str(installed.package / "trainers" / "discovery")
+    assert str(hook) in installed.misfm("enable")
+    assert installed.search_path() == ours
+    assert installed.search_path(nnUNet_extTrainer="/mine") == f"/mine{os.pathsep}{ours}"
+    assert installed.search_path(nnUNet_extTrainer=ours) == ours
+    assert str(hook) in installed.misfm("disable")
+    assert installed.search_path() == "None"
 
 
-def test_once_enabled_nnunet_finds_our_trainer_and_the_users_own_until_disabled(installed):
+def test_nnunet_finds_the_users_trainer_and_ours_as_one_class_that_every_kind_of_worker_can_unpickle(installed):
     users = installed.folder / "trainers of the user"
     users.mkdir()
     (users / "trainer_of_the_user.py").write_text(USERS_TRAINER)
-    ours = installed.misfm("path")
+    installed.misfm("enable")
+    answer = installed.probe(installed.misfm("path"), "nnUNetTrainerOfTheUser", nnUNet_extTrainer=str(users))
+    assert Path(answer.pop("file")).is_relative_to(installed.package / "trainers")
     hook = installed.site_folder / "nnunetv2_misfm_trainers.pth"
-
-    assert str(hook) in installed.misfm("enable")
-    assert installed.search_path() == ours
-    assert installed.search_path(nnUNet_extTrainer=str(users)) == f"{users}{os.pathsep}{ours}"
-    answer = installed.probe("check", "nnUNetTrainerOfTheUser", nnUNet_extTrainer=str(users))
-    assert answer["same"] and answer["pickles"]
-    assert answer["others"] == {"nnUNetTrainerOfTheUser": "nnUNetTrainerOfTheUser"}
-    assert {"nnU-Net finds nnUNetTrainerPCTNetVF", f"the start-up hook is enabled: {hook}"} <= set(answer["check"])
-
-    assert str(hook) in installed.misfm("disable")
-    assert installed.search_path() == "None"
+    fine = answer.pop("check")
+    assert {"nnU-Net finds nnUNetTrainerPCTNetVF", f"the start-up hook is enabled: {hook}"} <= set(fine)
+    assert answer == {
+        "same": True,
+        "pickles": True,
+        "workers": {"spawn": True, "forkserver": True},
+        "users": "nnUNetTrainerOfTheUser",
+        "same with our folder alone": True,
+        "found without the variable": False,
+    }
 
 
 def test_a_hook_left_behind_by_an_uninstalled_package_is_silent(installed, tmp_path, borrowed, wheel):

@@ -131,7 +131,7 @@ def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -
         device: where the mask shall live.
 
     Returns:
-        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere. The tensor is shared: do not alter it.
+        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere; shared, not to be altered.
     """
     # A mask first made while predicting must stay usable in training, which an inference tensor is not.
     with torch.inference_mode(False), torch.no_grad():
