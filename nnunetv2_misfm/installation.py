@@ -81,10 +81,10 @@ def enable() -> Path:
     append `discovery_folder()` to `nnUNet_extTrainer`, behind what the user has set. It is silent whatever happens
     and does nothing once this package is gone. `disable` removes the file; uninstalling the package does not.
 
-    Python reads the user's site directory before the environment's, so from there the hook can only serve a
-    package that is installed for the user as well (what pip does where the environment cannot be written).
-    From Python 3.15 on `.start` files are to replace such lines (PEP 829), which still run until 3.17: not
-    tested here.
+    Outside a virtual environment Python reads the user's site directory before the environment's, so from there the
+    hook can only serve a package that is installed for the user as well (pip does so where the environment cannot
+    be written). From Python 3.15 on `.start` files are to replace such lines (PEP 829), which still run until 3.17:
+    not tested here.
 
     Returns:
         The file written. Enabling twice is the same as once.
@@ -216,8 +216,9 @@ def _check_finder() -> Finding:
 
             found = recursive_find_trainer_class_by_name(SAMPLE_TRAINER)
     except Exception as error:  # of whatever kind: it may come from any module that nnU-Net meets on its way
-        reason = f"{type(error).__name__}: {error}"
-        return Finding(False, f"nnU-Net does not find {SAMPLE_TRAINER}: {reason}", mend)
+        first_sentence = str(error).split(". ")[0]
+        what = f"nnU-Net does not find {SAMPLE_TRAINER}: {type(error).__name__}: {first_sentence}"
+        return Finding(False, what, mend)
     if not found.__module__.startswith("nnunetv2_misfm."):
         return Finding(False, f"nnU-Net finds another {SAMPLE_TRAINER}, of {found.__module__}.", mend)
     if getattr(importlib.import_module(found.__module__), SAMPLE_TRAINER, None) is not found:

@@ -29,6 +29,7 @@ from nnunetv2_misfm.installation import (
 PACKAGE = Path(nnunetv2_misfm.__file__).parent
 OURS = str(PACKAGE / "trainers" / "discovery")
 INHERITED = {name: value for name, value in os.environ.items() if name not in ("nnUNet_extTrainer", "PYTHONPATH")}
+EDITABLE = "_editable_impl_nnunetv2_misfm.pth"  # as hatchling 1.33 names it
 PRINT_SEARCH_PATH = "import os; print(os.environ.get('nnUNet_extTrainer'))"
 PRINT_ENABLE = "from nnunetv2_misfm.installation import enable; print(enable())"
 
@@ -42,7 +43,7 @@ class Environment:
         (self.site_folder,) = (folder / "lib").glob("python3*/site-packages")
         self.variables = {"PYTHONUSERBASE": str(user_base)} if user_base else {}
         if editable:
-            (self.site_folder / "_nnunetv2_misfm.pth").write_text(f"{PACKAGE.parent}\n")  # hatchling's name for it
+            (self.site_folder / EDITABLE).write_text(f"{PACKAGE.parent}\n")
 
     def run(self, code: str, **variables: str) -> str:
         """What the code prints in a fresh interpreter, which must say nothing on stderr."""
@@ -173,7 +174,7 @@ def test_enabling_uses_the_users_site_where_the_environment_cannot_be_written(tm
     environment = Environment(tmp_path / "venv", user_base=tmp_path / "user", editable=False)
     user_site = Path(environment.run("import site; print(site.getusersitepackages())"))
     user_site.mkdir(parents=True)
-    (user_site / "_nnunetv2_misfm.pth").write_text(f"{PACKAGE.parent}\n")
+    (user_site / EDITABLE).write_text(f"{PACKAGE.parent}\n")
     assert environment.run(NO_SITE_FOLDER + PRINT_ENABLE) == str(user_site / HOOK_NAME)
     assert environment.run(PRINT_SEARCH_PATH) == OURS
 
@@ -338,16 +339,17 @@ def test_stale_and_foreign_entries_are_faults_and_the_users_own_are_not(healthy,
     assert second.startswith(f"nnUNet_extTrainer names {copy}, which belongs to another copy of nnunetv2_misfm")
 
 
-def test_a_search_that_fails_or_finds_something_else_is_a_fault(healthy):
+def test_a_search_that_fails_or_finds_something_else_is_a_fault(healthy, capsys):
     _, finder = healthy
 
     def search(name):
         print("chatter")
-        raise ImportError("of a folder before ours")
+        raise ImportError("of a folder before ours. And advice")
 
     finder.recursive_find_trainer_class_by_name = search
     (what,) = faults()
     assert what == "nnU-Net does not find nnUNetTrainerPCTNetVF: ImportError: of a folder before ours"
+    assert capsys.readouterr().out == ""
     for module, expected in [
         ("my_trainers", "nnU-Net finds another nnUNetTrainerPCTNetVF, of my_trainers."),
         ("nnunetv2_misfm.stand_in", "nnU-Net finds a second copy of nnUNetTrainerPCTNetVF; it cannot be pickled."),

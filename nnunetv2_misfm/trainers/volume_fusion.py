@@ -228,9 +228,9 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         """Gives a batch of one the volume of the step before, of another case, as its `foreground`."""
         if len(batch["keys"]) > 1:
             return batch
-        previous = self._previous.get(phase)
-        while previous is None or list(previous["keys"]) == list(batch["keys"]):
-            previous, batch = batch, next(loader)
+        previous = self._previous.get(phase, batch)
+        while list(batch["keys"]) == list(previous["keys"]):
+            batch = next(loader)
         self._previous[phase] = batch
         return {**batch, "foreground": previous["data"].to(self.device, non_blocking=True)}
 

@@ -1,0 +1,183 @@
+"""What the demo leaves to look at: a table of Dice scores with what was run, and one picture."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from nnunetv2_misfm.data.phantoms import LABELS
+
+# Soft-tissue window of abdominal CT, the usual one: level 40, width 400 HU
+WINDOW_HU = (-160, 240)
+# Okabe and Ito's colours for the colour-blind: orange, sky blue, reddish purple
+COLOURS = {"liver": "#E69F00", "kidneys": "#56B4E9", "spine": "#CC79A7"}
+NETWORKS = {
+    "nnUNetTrainerBaseline": "stock nnU-Net",
+    "nnUNetTrainerPCTNet": "PCT-Net from scratch",
+    "nnUNetTrainerPCTNetVF": "PCT-Net from Volume Fusion",
+}
+WARNING = (
+    "A demo this short says nothing about the methods: it shows that all parts work together. Networks are narrow, "
+    "training is thousands of times shorter than usual and the scans are phantoms. `nnUNetTrainerBaseline` is stock "
+    "`nnUNetTrainer` but for its length and seed, which it reads from the configuration; `nnUNetTrainer` itself has a "
+    "fixed length of 1000 epochs."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that was run.
+
+    Attributes:
+        title: what it did.
+        command: its command line.
+        seconds: wall time.
+    """
+
+    title: str
+    command: str
+    seconds: float
+
+
+def read_dice(summary: Path) -> tuple[dict[str, float], int]:
+    """Read what nnUNetv2_evaluate_folder wrote.
+
+    Args:
+        summary: summary.json.
+
+    Returns:
+        Mean Dice of every organ of `LABELS`, by name, and the number n of cases. A class that is neither in the
+        truth nor in the prediction of any case is nan.
+    """
+    content = json.loads(summary.read_text())
+    means = content["mean"]
+    dice = {name: float(means[str(label)]["Dice"]) for name, label in LABELS.items() if label != 0}
+    return dice, len(content["metric_per_case"])
+
+
+def dice_table(summaries: Mapping[str, Path]) -> str:
+    """Return a Markdown table of mean Dice, one row per trainer.
+
+    Args:
+        summaries: summary.json of each trainer, by its name.
+    """
+    organs = [name for name, label in LABELS.items() if label != 0]
+    rows = [["trainer", "network", *organs, "mean", "n"], ["---"] * (len(organs) + 4)]
+    for trainer, summary in summaries.items():
+        dice, num_cases = read_dice(summary)
+        scores = [*dice.values(), float(np.mean(list(dice.values())))]
+        rows.append([trainer, NETWORKS[trainer], *(f"{score:.3f}" for score in scores), str(num_cases)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_results(
+    file: Path,
+    predictions: Mapping[str, Path],
+    runs: Sequence[Run],
+    device: str,
+    total_seconds: float,
+    settings: str,
+) -> str:
+    """Write the table, what it means, and what was run with times, as Markdown.
+
+    Args:
+        file: the Markdown file.
+        predictions: folder with predictions and summary.json of each trainer, by its name.
+        runs: the commands, in order.
+        device: cpu or cuda.
+        total_seconds: wall time of the whole demo.
+        settings: a sentence on the numbers of the configurations.
+
+    Returns:
+        The table.
+    """
+    table = dice_table({trainer: folder / "summary.json" for trainer, folder in predictions.items()})
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("nnunetv2-misfm", "nnunetv2", "torch"))
+    lines = [
+        "# Demo on phantoms",
+        "",
+        "Mean Dice of the held-out scans (n of them), one run each.",
+        "",
+        table,
+        "",
+        WARNING,
+        "",
+        f"{settings} {hardware}, {versions}; {total_seconds / 60:.1f} minutes in all.",
+        "",
+        "| step | s | command |",
+        "| --- | --- | --- |",
+        *(f"| {run.title} | {run.seconds:.0f} | `{run.command}` |" for run in runs),
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    return table
+
+
+def draw_picture(file: Path, dataset: Path, predictions: Mapping[str, Path]) -> None:
+    """Draw one held-out scan: input, truth and every prediction on the axial plane that shows most of all organs.
+
+    Args:
+        file: PNG to write.
+        dataset: raw dataset with imagesTs and labelsTs; its first test case is drawn.
+        predictions: folder with predictions of each trainer, by its name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    truth_file = sorted((dataset / "labelsTs").glob("*.nii.gz"))[0]
+    case = truth_file.name.removesuffix(".nii.gz")
+    image, truth = _read(dataset / "imagesTs" / f"{case}_0000.nii.gz"), _read(truth_file)
+    plane = best_plane(truth)
+    panels: list[tuple[str, np.ndarray | None]] = [(f"Input\n{case}, slice {plane}", None), ("Truth\n", truth)]
+    for trainer, folder in predictions.items():
+        panels.append((f"{NETWORKS[trainer]}\n{_case_dice(folder / 'summary.json', case)}", _read(folder / truth_file.name)))
+
+    figure = Figure(figsize=(3 * len(panels), 3.9), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for axes, (title, labels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(image[plane], cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+        if labels is not None:
+            axes.imshow(_overlay(labels[plane]), interpolation="nearest")
+        axes.set_title(title, fontsize=13)
+        axes.axis("off")
+    patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=13, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def best_plane(labels: np.ndarray) -> int:
+    """Return the index of the axial plane on which the organ that shows least shows most.
+
+    Args:
+        labels: [D, H, W], values of `LABELS`.
+    """
+    areas = [(labels == label).sum(axis=(1, 2)) / (labels == label).sum() for label in LABELS.values() if label != 0]
+    return int(np.min(areas, axis=0).argmax())
+
+
+def _case_dice(summary: Path, case: str) -> str:
+    for entry in json.loads(summary.read_text())["metric_per_case"]:
+        if Path(entry["prediction_file"]).name == f"{case}.nii.gz":
+            return f"Dice {np.nanmean([float(metrics['Dice']) for metrics in entry['metrics'].values()]):.2f}"
+    return ""
+
+
+def _overlay(labels: np.ndarray) -> np.ndarray:
+    """Return [H, W, 4] in 0..1: an organ's colour, half transparent, and nothing elsewhere."""
+    from matplotlib.colors import to_rgba
+
+    overlay = np.zeros((*labels.shape, 4))
+    for name, colour in COLOURS.items():
+        overlay[labels == LABELS[name]] = to_rgba(colour, 0.65)
+    return overlay
+
+
+def _read(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
