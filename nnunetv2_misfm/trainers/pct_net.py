@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_misfm.architectures.pct_net import grid_sizes
+from nnunetv2_misfm.architectures.pct_net import TRANSFORMER_LEVELS, grid_sizes
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.dimension import require_3d
@@ -16,6 +16,8 @@ from nnunetv2_misfm.trainers.recipe import Recipe
 
 # The released network's channels (MIS-FM's configuration files)
 FEATURES_PER_STAGE = (24, 48, 128, 256, 512)
+# Channels of an attention head at every level of the released network (mis-fm.md 3.2); narrower networks get fewer heads
+CHANNELS_PER_HEAD = 32
 # Weights of the four heads before they are normalised, finest first (PyMIC's deep supervision, mis-fm.md 3.4)
 HEAD_WEIGHTS = (1.0, 1 / 2, 1 / 4, 1 / 8)
 
@@ -68,6 +70,7 @@ class nnUNetTrainerPCTNet(MisfmTrainer):  # noqa: N801 - nnU-Net's convention fo
             "kwargs": {
                 "features_per_stage": list(features),
                 "strides": pct_net_strides(configuration_manager.pool_op_kernel_sizes),
+                "num_heads": [max(1, channels // CHANNELS_PER_HEAD) for channels in features[TRANSFORMER_LEVELS[0] :]],
             },
             "kwargs_to_import": [],
         }

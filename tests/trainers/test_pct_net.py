@@ -98,6 +98,7 @@ def test_defaults_are_the_released_widths_and_adam(workspace: Workspace) -> None
     trainer = workspace.trainer(nnUNetTrainerPCTNet, {"features_per_stage": None})
     description = trainer.network_description(trainer.plans_manager, trainer.configuration_manager)
     assert description["kwargs"]["features_per_stage"] == [24, 48, 128, 256, 512]
+    assert description["kwargs"]["num_heads"] == [4, 8, 16]
     recipe = trainer.recipe
     assert (recipe.optimizer, recipe.initial_lr, recipe.weight_decay, recipe.lr_schedule, recipe.augmentation) == (
         "adam", 1e-3, 1e-5, "poly", "nnunet",
