@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("preview", _preview, "Draw what Volume Fusion shows the network, as a PNG.")
     _add_configuration(command)
     command.add_argument("-o", "--output", type=Path, required=True, help="the PNG file")
-    command.add_argument("-n", "--num-samples", type=int, default=2)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("-n", "--num-samples", type=int, default=2, help="samples to draw (default: 2)")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
 
     command = add("demo", _demo, "Run the whole job on phantoms that the package makes itself.")
     command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))

@@ -137,7 +137,9 @@ def draw_picture(file: Path, dataset: Path, predictions: Mapping[str, Path]) -> 
     plane = best_plane(truth)
     panels: list[tuple[str, np.ndarray | None]] = [(f"Input\n{case}, slice {plane}", None), ("Truth\n", truth)]
     for trainer, folder in predictions.items():
-        panels.append((f"{NETWORKS[trainer]}\n{_case_dice(folder / 'summary.json', case)}", _read(folder / truth_file.name)))
+        panels.append(
+            (f"{NETWORKS[trainer]}\n{_case_dice(folder / 'summary.json', case)}", _read(folder / truth_file.name))
+        )
 
     figure = Figure(figsize=(3 * len(panels), 3.9), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

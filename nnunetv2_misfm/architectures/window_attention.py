@@ -117,7 +117,6 @@ def relative_position_index(window_size: int) -> Tensor:
     return digits[0] * base**2 + digits[1] * base + digits[2]
 
 
-@functools.lru_cache(maxsize=64)
 def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
     """What to add to the logits after a cyclic shift, so that tokens attend only to their true neighbours.
 
@@ -131,18 +130,24 @@ def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -
         device: where the mask shall live.
 
     Returns:
-        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere; shared, not to be altered.
+        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere.
     """
+    region = torch.zeros(grid, device=device)
+    for axis in range(3):
+        carried = torch.arange(grid[axis], device=device) >= grid[axis] - shift[axis]
+        extent = [1, 1, 1]
+        extent[axis] = grid[axis]
+        region = region + carried.view(extent) * 2.0**axis
+    region = window_partition(region[None, ..., None], window, num_heads=1)[0, :, :, 0]  # windows, N
+    return (region[:, None, :] != region[:, :, None]) * MASKED_LOGIT
+
+
+@functools.lru_cache(maxsize=64)
+def cached_shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
+    """`shift_mask`, made once; the tensor is shared and must not be altered."""
     # A mask first made while predicting must stay usable in training, which an inference tensor is not.
     with torch.inference_mode(False), torch.no_grad():
-        region = torch.zeros(grid, device=device)
-        for axis in range(3):
-            carried = torch.arange(grid[axis], device=device) >= grid[axis] - shift[axis]
-            extent = [1, 1, 1]
-            extent[axis] = grid[axis]
-            region = region + carried.view(extent) * 2.0**axis
-        region = window_partition(region[None, ..., None], window, num_heads=1)[0, :, :, 0]  # windows, N
-        return (region[:, None, :] != region[:, :, None]) * MASKED_LOGIT
+        return shift_mask(grid, window, shift, device)
 
 
 class DropPath(nn.Module):
@@ -223,7 +228,10 @@ class WindowAttention(nn.Module):
         )
         bias = self.position_bias(window)  # h, N, N
         if shifted:
-            bias = (shift_mask(padded, window, shift, tokens.device)[:, None] + bias).flatten(0, 1)
+            # A compiler fuses the making of the mask into its use and warns of caches.
+            make_mask = shift_mask if torch.compiler.is_compiling() else cached_shift_mask
+            mask = make_mask(padded, window, shift, tokens.device)  # windows, N, N
+            bias = (mask[:, None] + bias).flatten(0, 1)  # windows * h, N, N
         # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked
         # bias of its own, of which the batch shares one copy.
         shape = (-1, bias.shape[0], *query.shape[2:])

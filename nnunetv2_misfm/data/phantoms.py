@@ -1,9 +1,9 @@
 """CT-like phantoms of known shape, and nnU-Net raw datasets made of them, for the demo and for tests.
 
 A phantom is a trunk of a newborn's size (girth about 0.27 m), so that plausible spacings give small arrays.
-Its organs are ellipsoids and elliptic cylinders, jittered in place, size and density. Several structures
-share their range of Hounsfield units, as they do in unenhanced CT: liver, heart and aorta (and almost the
-spleen); kidneys, bowel and muscle. So liver and kidneys cannot be told from the rest by intensity alone.
+Its organs are ellipsoids and elliptic cylinders, jittered in place, size and density. Densities are those of the
+portal venous phase, in which several structures share their range of Hounsfield units: kidneys, spine and
+blood; liver and spleen. So no organ can be told from the rest by intensity alone.
 """
 
 import json
@@ -32,28 +32,29 @@ SLICE_SPACING_MM = (2.5, 4.0)
 IN_PLANE_SPACING_MM = (1.5, 2.2)
 
 AIR_HU = -1000.0  # by definition of the Hounsfield scale
-# Range of the mean density of a tissue in HU, unenhanced. Buzug, Computed Tomography, Springer 2008, p. 475,
-# and Prokop, Spiral and Multislice CT of the Body, Thieme 2003, as tabulated by radclass.mudr.org; muscle:
-# the usual textbook range; spine: the upper part of spongy bone's 50 to 200 HU (radgray.com).
+# Range of the mean density of a tissue in HU. Unenhanced values: Buzug, Computed Tomography, Springer 2008, p. 475,
+# as tabulated by radclass.mudr.org (fat, lung; liver 45-65, kidney 20-40, blood 45-65), and radgray.com (spongy bone
+# 50-200). Added for contrast medium: liver 50 to 60 (J. Pers. Med. 2021, 11, 1255: 50 is adequate; the spleen then
+# hardly differs, Kreul et al., In Vivo 2021, 35, 3277), kidney 145 to 165 (medulla 145 and cortex less than 30 above
+# it, Eur. J. Radiol. 2007, 63, 420); blood 100 to 120 and muscle and bowel 20: ours.
 TISSUE_HU = {
     "fat": (-100.0, -50.0),
-    "muscle": (10.0, 40.0),
+    "muscle": (30.0, 60.0),
     "lung": (-910.0, -850.0),
-    "blood": (45.0, 65.0),
-    "bowel": (20.0, 40.0),  # wall and contents taken as soft tissue
-    "liver": (45.0, 65.0),
-    "spleen": (35.0, 55.0),
-    "kidneys": (20.0, 40.0),
-    "spine": (120.0, 200.0),
+    "blood": (145.0, 185.0),
+    "bowel": (30.0, 60.0),  # wall and contents together
+    "liver": (95.0, 125.0),
+    "spleen": (95.0, 125.0),
+    "kidneys": (165.0, 205.0),
+    "spine": (150.0, 200.0),
 }
-# Standard deviation in HU of the white Gaussian noise: ours, of the order of a body scan's noise and a little
-# below half the contrast between liver and kidney.
-NOISE_HU = 12.0
+NOISE_HU = 15.0  # standard deviation of the white Gaussian noise: ours, of the order of a body scan's
 SUBVOXELS = 2  # per axis: a voxel's density is the mean of 2 x 2 x 2 points, its partial volume
 STORED_HU = (-1024, 3071)  # the range of 12-bit CT
 
-# Layout: ours, roughly that of an anatomical atlas. (tissue, shape, centre, semi-axes), mm (z, y, x) from the
-# middle of the field of view; z grows upwards, y to the back, x to the patient's left. Later ones are painted
+# Layout: ours, roughly that of an anatomical atlas; the kidneys' 42 x 23 x 22 mm are a newborn's mean (Revista de
+# nefrologia, dialisis y trasplante, revistarenal.org.ar, article 80). (tissue, shape, centre, semi-axes), mm (z, y, x)
+# from the middle of the field of view; z grows upwards, y to the back, x to the patient's left. Later ones are painted
 # over earlier ones.
 _BEYOND_MM = 200.0  # half length of a cylinder that leaves the field of view at both ends
 _TRUNK: tuple[_Part, ...] = (
@@ -71,8 +72,8 @@ _ORGANS: tuple[_Part, ...] = (
     ("spleen", "ellipsoid", (10.0, 8.0, 26.0), (14.0, 10.0, 8.0)),
     ("blood", "cylinder", (0.0, 9.0, 4.0), (_BEYOND_MM, 3.5, 3.5)),
     ("spine", "cylinder", (0.0, 21.0, 0.0), (_BEYOND_MM, 7.5, 8.0)),
-    ("kidneys", "ellipsoid", (-18.0, 11.0, -19.0), (17.0, 7.5, 7.5)),
-    ("kidneys", "ellipsoid", (-14.0, 11.0, 19.0), (17.0, 7.5, 7.5)),
+    ("kidneys", "ellipsoid", (-20.0, 11.0, -22.0), (21.0, 11.5, 11.0)),
+    ("kidneys", "ellipsoid", (-16.0, 11.0, 22.0), (21.0, 11.5, 11.0)),
 )
 # Loops of bowel lie anywhere in this box (lowest and highest centre, mm) in front of the kidneys, and are
 # painted before the organs. Number and semi-axes: ours.

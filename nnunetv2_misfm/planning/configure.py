@@ -6,22 +6,42 @@ dictionary of the child replaces the parent's whole), so the blocks written here
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
+from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 from nnunetv2_misfm.trainers.recipe import Recipe, read_recipes
 
 _ARCHITECTURE = "architecture"
-_METHODS = {t.method.method for t in vars(nnunetv2_misfm_trainers).values() if getattr(t, "method", None) is not None}
+_TRAINERS = [getattr(nnunetv2_misfm_trainers, name) for name in nnunetv2_misfm_trainers.__all__]
+_METHODS = {trainer.method.method for trainer in _TRAINERS if trainer.method is not None}
+# Keys of a configuration that are not set by name: blocks, and what ties configurations together
+_STRUCTURE = (_ARCHITECTURE, "misfm", "inherits_from", "previous_stage", "next_stage")
+# nnU-Net's keys that change the preprocessed cases, which lie in the folder `data_identifier`
+_PREPROCESSING = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_seg",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg_kwargs",
+)
+# The name becomes a part of the results folder, which nnU-Net takes apart at double underscores
+_NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def configure(dataset: str, configuration: str, name: str, settings: Sequence[str], plans: str = "nnUNetPlans") -> Path:
@@ -39,21 +59,28 @@ def configure(dataset: str, configuration: str, name: str, settings: Sequence[st
         plans: Name of the plans file without its ending.
 
     Raises:
-        MisfmError: No such plans or configuration, an unknown key, a wrong value, or a name that is taken.
+        MisfmError: No such plans or configuration, an unknown key, a wrong value, a name that is taken, or settings
+            from which no network can be built; the plans are as before.
     """
     plans_file = find_plans(dataset, plans)
-    content = json.loads(plans_file.read_text())
+    content = _read_json(plans_file)
     configurations = content["configurations"]
     if configuration not in configurations:
         raise MisfmError(
             f"expected one of the configurations {', '.join(configurations)} of {plans_file}, got {configuration!r}."
         )
-    if name == configuration or "inherits_from" not in configurations.get(name, {"inherits_from": ""}):
-        raise MisfmError(f"{name!r} is a planned configuration of {plans_file}: choose another --name.")
-    parent = PlansManager(content).get_configuration(configuration).configuration
+    try:
+        parent = PlansManager(content).get_configuration(configuration).configuration
+    except (RuntimeError, ValueError) as error:
+        raise MisfmError(
+            f"{configuration!r} of {plans_file} inherits from what is not there or itself: {error}"
+        ) from error
+    _check_name(name, configuration, configurations)
+    read_recipes(parent.get("misfm"), Recipe())
     entry = {"inherits_from": configuration, **_merged(parent, settings)}
     read_recipes(entry.get("misfm"), Recipe())
     content["configurations"] = {**configurations, name: entry}
+    _check_networks(PlansManager(content), name, entry)
     _write_json(content, plans_file)
     return plans_file
 
@@ -69,7 +96,8 @@ def find_plans(dataset: str, plans: str = "nnUNetPlans") -> Path:
     try:
         dataset_name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
     except (RuntimeError, ValueError) as error:
-        raise MisfmError(f"expected the number or name of a dataset, got {dataset!r}: {error}") from error
+        reason = str(error).split(". ")[0]  # nnU-Net goes on with a list of folders
+        raise MisfmError(f"expected the number or name of a dataset, got {dataset!r}: {reason}.") from error
     plans_file = Path(str(nnUNet_preprocessed)) / dataset_name / f"{plans}.json"
     if not plans_file.is_file():
         raise MisfmError(
@@ -78,11 +106,27 @@ def find_plans(dataset: str, plans: str = "nnUNetPlans") -> Path:
     return plans_file
 
 
+def _check_name(name: str, configuration: str, configurations: dict[str, Any]) -> None:
+    """Raises where a configuration may not be written under a name."""
+    if not _NAME.fullmatch(name):
+        raise MisfmError(
+            "expected a --name of letters, digits, '.', '-' and single '_' that begins with a letter or digit, "
+            f"got {name!r}."
+        )
+    if name in configurations and "inherits_from" not in configurations[name]:
+        raise MisfmError(f"{name!r} is a planned configuration, which stays as it is: choose another --name.")
+    lineage = [configuration]
+    while "inherits_from" in configurations[lineage[-1]]:
+        lineage.append(configurations[lineage[-1]]["inherits_from"])
+    if name in lineage:
+        raise MisfmError(f"{name!r} cannot inherit from {configuration!r}, which rests on it: choose another --name.")
+
+
 def _merged(parent: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Returns the keys of a child configuration: nnU-Net's own that are set, and whole merged blocks."""
     common = {field.name for field in fields(Recipe)}
     child: dict[str, Any] = {}
-    block = deepcopy(parent.get("misfm", {}))
+    block = deepcopy(parent.get("misfm") or {})
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or not key:
@@ -97,14 +141,20 @@ def _merged(parent: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
             child.setdefault(_ARCHITECTURE, deepcopy(parent[_ARCHITECTURE]))["arch_kwargs"].update(
                 {rest: _architecture_value(parent, rest, value)}
             )
-        elif key in parent and key not in (_ARCHITECTURE, "misfm", "inherits_from"):
+        elif key in parent and key not in _STRUCTURE:
             child[key] = _like(parent[key], key, value)
         else:
-            own = ", ".join(k for k in parent if k not in (_ARCHITECTURE, "misfm", "inherits_from"))
+            own = ", ".join(k for k in parent if k not in _STRUCTURE)
             raise MisfmError(
                 f"unknown key {key!r}; known are {', '.join(sorted(common))} (misfm), those of "
                 f"{', '.join(sorted(_METHODS))} (method.key), {own} (nnU-Net) and {_ARCHITECTURE}.key."
             )
+    changed = [key for key in _PREPROCESSING if key in child]
+    if changed and child.get("data_identifier", parent["data_identifier"]) == parent["data_identifier"]:
+        raise MisfmError(
+            f"{changed[0]} asks for other preprocessed cases than those in {parent['data_identifier']}, so expected a "
+            "folder of their own for them, got none: set data_identifier=NAME beside it."
+        )
     if block:
         child["misfm"] = block
     return child
@@ -112,22 +162,30 @@ def _merged(parent: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN and Infinity are no JSON
     except json.JSONDecodeError:
         return text
 
 
 def _like(present: Any, key: str, value: Any) -> Any:
-    """Returns a value for nnU-Net's own key if it has the present one's type and length."""
-    numbers = isinstance(present, int | float) and isinstance(value, int | float) and not isinstance(value, bool)
-    same = type(value) is type(present) or (numbers and not isinstance(present, bool))
-    if isinstance(present, list):
-        same = (
-            same and len(value) == len(present) and all(type(v) is type(p) for v, p in zip(value, present, strict=True))
-        )
-    if not same:
+    """Returns a value for nnU-Net's own key, whole numbers as floats where the present one has floats.
+
+    Raises:
+        MisfmError: The value has not the type, the length or the sign of the present one (None says nothing of that).
+    """
+    if present is None:
+        return value
+    fitted: Any = float(value) if isinstance(present, float) and type(value) is int else value
+    alike = type(fitted) is type(present)
+    if alike and isinstance(present, list):
+        if len(fitted) == len(present):
+            return [_like(p, f"{key}[{i}]", v) for i, (p, v) in enumerate(zip(present, fitted, strict=True))]
+        alike = False
+    if type(present) in (int, float) and alike:
+        alike = fitted > 0 or present <= 0
+    if not alike:
         raise MisfmError(f"{key} expected a value like {present!r}, got {value!r}.")
-    return value
+    return fitted
 
 
 def _architecture_value(parent: dict[str, Any], key: str, value: Any) -> Any:
@@ -137,8 +195,39 @@ def _architecture_value(parent: dict[str, Any], key: str, value: Any) -> Any:
     return _like(known[key], f"architecture.{key}", value)
 
 
+def _check_networks(manager: PlansManager, name: str, entry: dict[str, Any]) -> None:
+    """Raises where a trainer could not build its network under a configuration, from what `entry` sets of it."""
+    block = entry.get("misfm", {})
+    widths = any("features_per_stage" in b for b in (block, *block.values()) if isinstance(b, dict))
+    resolved = manager.get_configuration(name)
+    concerned = [nnUNetTrainerBaseline] if _ARCHITECTURE in entry else []
+    if widths and len(resolved.patch_size) == 3:
+        concerned += [trainer for trainer in _TRAINERS if issubclass(trainer, nnUNetTrainerPCTNet)]
+    for trainer in concerned:
+        try:
+            with torch.device("meta"):  # shapes alone: takes neither time nor memory
+                trainer.build_network_architecture(manager, resolved, 1, 2)
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise MisfmError(f"{trainer.__name__} could not build its network from these settings: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise MisfmError(f"{path} is no JSON ({error}): mend it or plan again.") from error
+
+
 def _write_json(content: dict[str, Any], path: Path) -> None:
     """Replaces a JSON file atomically, so that an interrupted run leaves the former plans."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=4, sort_keys=False))
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            json.dump(content, file, indent=4)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MisfmError(f"{path} could not be written ({error}); the former plans are intact.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

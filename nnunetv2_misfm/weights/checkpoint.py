@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,25 @@ _NUMPY_SCALARS: list[Any] = [
     (_REBUILD_SCALAR, "numpy.core.multiarray.scalar"),
     (_REBUILD_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
-    *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+    *{type(np.dtype(code)) for code in "?efd" + np.typecodes["AllInteger"]},
 ]
+# How PyTorch (2.6 to 2.15) names what its safe loader refuses, at the end of a page of advice
+_REFUSED = re.compile(r"GLOBAL ([\w.]*\w)")
+# What DDP and torch.compile put before a parameter's name, in either order
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def plain(value: Any) -> Any:
-    """Returns the same data with NumPy scalars and arrays as Python numbers and lists, in fresh containers.
+    """Returns the same data in fresh dicts, lists and tuples, NumPy scalars and arrays as Python numbers and lists.
 
     Tensors, strings and other leaves are handed on as they are.
     """
     if isinstance(value, Mapping):
         return {plain(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(v) for v in value)
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(plain(v) for v in value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -43,11 +49,12 @@ def plain(value: Any) -> Any:
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Writes a checkpoint that `torch.load(..., weights_only=True)` can read, atomically.
 
-    The data go to a temporary file in the same folder, reach the disk (fsync) and only then take the name `path`;
-    whatever interrupts this leaves the former file as it was.
+    The data go to a temporary file in the same folder, reach the disk (fsync), are read back, and only then take the
+    name `path`; whatever interrupts this leaves the former file as it was.
 
     Raises:
-        MisfmError: The file could not be written (a full disk, say); the former file is intact.
+        MisfmError: The file could not be written (a full disk, say) or holds what `read_checkpoint` refuses; the
+            former file is intact.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -56,10 +63,12 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             torch.save(plain(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
+        read_checkpoint(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError, MisfmError) as error:  # PyTorch's archive reports a failed write as RuntimeError
         raise MisfmError(f"{path} could not be written ({error}); the former checkpoint, if any, is intact.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -76,15 +85,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+    except OSError as error:
+        raise MisfmError(f"{path} could not be read ({error.strerror}).") from error
+    except Exception as error:  # PyTorch's readers raise a dozen types of error on bytes that are no checkpoint
+        if refused := _REFUSED.search(str(error)):
+            raise MisfmError(
+                f"{path}: expected tensors and plain data alone, got {refused[1]}, so the file is not read and nothing "
+                "in it was run; use a checkpoint that nnU-Net or this package wrote."
+            ) from error
         raise MisfmError(
-            f"{path} is no checkpoint of tensors and plain data, so it is not read ({reason}); it is truncated, "
-            "foreign, or holds other objects."
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise MisfmError(
-            f"{path} is truncated or no PyTorch checkpoint ({type(error).__name__}); write it again."
+            f"{path} is truncated or no PyTorch checkpoint: its {path.stat().st_size} bytes cannot be read as one "
+            f"({type(error).__name__}); use another copy or write it again."
         ) from error
     if not isinstance(checkpoint, dict):
         raise MisfmError(f"{path}: expected a checkpoint dictionary, got {type(checkpoint).__name__}.")
@@ -110,7 +121,7 @@ def network_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str
             f"{path}: expected an nnU-Net checkpoint with tensors under 'network_weights', got the keys {keys}; "
             "pass the checkpoint_final.pth of a training."
         )
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,9 +1,11 @@
 """Moving pretrained weights into a network that need not be the same: what fits moves, what nearly fits is adapted.
 
 Adapted are: the first convolution to another number of input channels, kernels between 2D (size 1 along an axis) and
-3D, and relative-position tables of another window. Output heads always start afresh. Every tensor is accounted for.
+3D, relative-position tables of another window, and the decoder of nnU-Net's U-Nets with another number of stages.
+Output heads always start afresh. Every tensor of the network is accounted for.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,6 +20,8 @@ HEAD_MARK = ".seg_layers."
 # Ours: below one half the run would be closer to one from scratch than to a fine-tuning
 MINIMUM_SHARE = 0.5
 _POSITION_TABLE = "relative_position_bias_table"
+# The parts of nnU-Net's U-Net decoder that are numbered from the deepest level on
+_UNET_DECODER = re.compile(r"^decoder\.(stages|transpconvs)\.(\d+)\.")
 
 
 @dataclass
@@ -70,12 +74,11 @@ def transfer_weights(
         MisfmError: Less than half of the parameters in question could be moved; the network is left as it was.
     """
     report = TransferReport(transfer)
+    targets = _targets(network)
     transposed = {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, nn.ConvTranspose3d)}
-    parameters = dict(network.named_parameters())  # a tensor that is registered twice appears once
-    targets = {**parameters, **dict(network.named_buffers())}
-    persistent = network.state_dict().keys()
-    targets = {name: tensor for name, tensor in targets.items() if name in persistent}
-    source_stem, target_stem = (_first_convolution(t) for t in (source, targets))
+    stem = next((name for name, tensor in targets.items() if tensor.ndim == 5), None)
+    upsamplings = [_num_upsamplings(tensors) for tensors in (source, targets)]
+    deeper = upsamplings[0] - upsamplings[1] if all(upsamplings) else 0
     fitted: dict[str, torch.Tensor] = {}
     wanted = arrived = 0
     for name, target in targets.items():
@@ -85,20 +88,21 @@ def transfer_weights(
         if transfer == "encoder" and not name.startswith("encoder."):
             report.fresh[name] = "outside the encoder"
             continue
-        size = target.numel() if name in parameters else 0
+        size = target.numel() if isinstance(target, nn.Parameter) else 0
         wanted += size
-        if name not in source:
+        origin = _of_same_level(name, deeper)
+        if origin not in source:
             report.fresh[name] = "not in the file"
             continue
-        stem = name == target_stem == source_stem
-        value, how = _fit(source[name], target, name, stem, name in transposed, num_label_channels)
+        value, how = _fit(source[origin], target, name, name == stem, name in transposed, num_label_channels)
         if value is None:
             report.fresh[name] = how
             continue
         fitted[name] = value
         arrived += size
-        if how:
-            report.adapted[name] = how
+        steps = [f"from {origin}"] * (origin != name) + [how] * bool(how)
+        if steps:
+            report.adapted[name] = ", ".join(steps)
         else:
             report.moved.append(name)
     report.share = arrived / wanted if wanted else 0.0
@@ -108,6 +112,13 @@ def transfer_weights(
         for name, value in fitted.items():
             targets[name].copy_(value)
     return report
+
+
+def _targets(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns parameters and saved buffers by name; a tensor that is registered twice appears under its first name."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    saved = network.state_dict().keys()
+    return {name: tensor for name, tensor in tensors.items() if name in saved}
 
 
 def _too_little(report: TransferReport) -> str:
@@ -120,8 +131,14 @@ def _too_little(report: TransferReport) -> str:
     )
 
 
-def _first_convolution(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if tensor.ndim == 5), None)
+def _num_upsamplings(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Returns the upsampling steps of nnU-Net's U-Net decoder, 0 for another network."""
+    return sum(bool(re.fullmatch(r"decoder\.transpconvs\.\d+\.weight", name)) for name in tensors)
+
+
+def _of_same_level(name: str, deeper: int) -> str:
+    """Returns the file's name for a tensor, where the file's U-Net has `deeper` stages more than the network."""
+    return _UNET_DECODER.sub(lambda part: f"decoder.{part[1]}.{int(part[2]) + deeper}.", name)
 
 
 def _fit(

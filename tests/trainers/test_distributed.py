@@ -1,0 +1,246 @@
+"""Two processes on the CPU, through nnU-Net's own `run_ddp` with gloo (ddp_worker.py)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from toy import DATASET, toy_case, toy_dataset_json, toy_plans, write_case, write_toy_dataset
+
+from nnunetv2_misfm.trainers.base import MisfmTrainer
+from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
+from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
+from nnunetv2_misfm.trainers.volume_fusion import nnUNetTrainerVFPretrain
+from nnunetv2_misfm.weights.checkpoint import tensors_sha256
+
+pytestmark = pytest.mark.slow
+
+PCT_PRETRAIN, PCT_VF, VF_PRETRAIN = "nnUNetTrainerPCTNetVFPretrain", "nnUNetTrainerPCTNetVF", "nnUNetTrainerVFPretrain"
+# Name of the scenario -> trainer and configuration. In those of the last three both rows see the same given samples.
+SCENARIOS = {
+    "pretrain_pct": (PCT_PRETRAIN, "quick"),
+    "pretrain_plans": (VF_PRETRAIN, "four"),
+    "finetune": (PCT_VF, "quick"),
+    "nan": (PCT_VF, "quick"),
+    "dice_per_sample": ("nnUNetTrainerBaseline", "single"),
+    "dice_of_batch": ("nnUNetTrainerBaseline", "single_batch_dice"),
+    "fusion": (VF_PRETRAIN, "single_four"),
+}
+LEARNING = ("pretrain_pct", "pretrain_plans", "finetune", "dice_per_sample", "dice_of_batch", "fusion")
+EQUAL_TO_ONE_RANK = {
+    "dice_per_sample": nnUNetTrainerBaseline,
+    "dice_of_batch": nnUNetTrainerBaseline,
+    "fusion": nnUNetTrainerVFPretrain,
+}
+NUM_STEPS = 4
+NUM_VALIDATION = 3
+
+
+@dataclass
+class Runs:
+    """What the two ranks left behind."""
+
+    root: Path
+    output: str
+
+    def accounts(self, scenario: str) -> list[dict[str, Any]]:
+        files = [self.root / f"{scenario}_{rank}.json" for rank in (0, 1)]
+        assert all(file.is_file() for file in files), self.output[-4000:]
+        accounts = [json.loads(file.read_text()) for file in files]
+        assert scenario == "nan" or not any(a["error"] for a in accounts), [a["error"] for a in accounts]
+        return accounts
+
+    def fold(self, scenario: str) -> Path:
+        trainer, configuration = SCENARIOS[scenario]
+        return self.root / scenario / DATASET / f"{trainer}__nnUNetPlans__{configuration}" / "fold_0"
+
+
+def plans_of_scenarios() -> dict[str, Any]:
+    # with a batch of one, the patch is what leaves PCT-Net's BatchNorm two values per channel at the deepest level
+    sgd = {"optimizer": "sgd", "initial_lr": 0.01}  # Adam makes whole steps of the rounding in gradients that are zero
+    block = {"num_epochs": 2, "num_iterations_per_epoch": 3}
+    plans = toy_plans(block, patch_size=[16, 16, 32])
+    quick = plans["configurations"]["quick"]
+    one_epoch = {**quick["misfm"], "num_epochs": 1, "num_iterations_per_epoch": NUM_STEPS, "volume_fusion": sgd}
+    plans["configurations"] |= {
+        "four": {**quick, "batch_size": 4},
+        "single": {**quick, "misfm": one_epoch},
+        "single_batch_dice": {**quick, "misfm": one_epoch, "batch_dice": True},
+        "single_four": {**quick, "misfm": one_epoch, "batch_size": 4},
+    }
+    return plans
+
+
+def make_validatable(base: Path, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Gives the toy dataset what the final validation needs: as many validation cases, geometry and reference files."""
+    folder = base / "nnUNetPlans_3d_fullres"
+    names = [f"case_{i}" for i in range(6)]
+    training, validation = names[: -len(shapes)], names[-len(shapes) :]
+    (base / "splits_final.json").write_text(json.dumps([{"train": training, "val": validation}]))
+    (base / "gt_segmentations").mkdir()
+    for seed, (name, shape) in enumerate(zip(validation, shapes, strict=True)):
+        image, labels = toy_case(seed, shape, 1)
+        write_case(folder, name, image, labels)
+        properties = load_pickle(str(folder / f"{name}.pkl"))
+        geometry = {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}
+        write_pickle({**properties, "sitk_stuff": geometry}, str(folder / f"{name}.pkl"))
+        sitk.WriteImage(
+            sitk.GetImageFromArray(labels[0].astype(np.uint8)), str(base / "gt_segmentations" / f"{name}.nii.gz")
+        )
+
+
+def given_batches(size: int, num_classes: int) -> list[dict[str, Any]]:
+    """Batches as nnU-Net's loader makes them, with targets for the two heads of the toy network."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(NUM_STEPS):
+        target = torch.randint(0, num_classes, (size, 1, 8, 8, 16), generator=generator)
+        fine = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+        data = fine + torch.randn(fine.shape, generator=generator)
+        batches.append({"data": data, "target": [fine, target], "keys": [f"case_{i}" for i in range(size)]})
+    return batches
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Both ranks after all scenarios."""
+    root = tmp_path_factory.mktemp("distributed")
+    base = write_toy_dataset(root / "preprocessed", plans_of_scenarios())
+    # three cases for two ranks, in one, nine and one windows (each x 8 for mirroring): the ranks take unequal numbers of steps
+    make_validatable(base, [(16, 16, 32), (30, 30, 32), (16, 16, 32)])
+    scenarios = []
+    for name, (trainer, configuration) in SCENARIOS.items():
+        scenario = {"name": name, "trainer": trainer, "configuration": configuration, "dataset": DATASET}
+        if name in EQUAL_TO_ONE_RANK:
+            scenario["batches"] = str(root / f"{name}_batches.pt")
+            torch.save(given_batches(*((4, 5) if name == "fusion" else (2, 3))), scenario["batches"])
+        scenarios.append(scenario)
+    by_name = {scenario["name"]: scenario for scenario in scenarios}
+    weights = Runs(root, "").fold("pretrain_pct") / "checkpoint_final.pth"
+    by_name["finetune"] |= {"validate": True, "weights": str(weights)}
+    by_name["nan"] |= {"nan": [1, 4], "weights": str(weights)}
+    (root / "scenarios.json").write_text(json.dumps(scenarios))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed")}
+    discovery = str(Path(nnunetv2_misfm_trainers.__file__).parent)
+    one_process = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    environment = {**os.environ, **folders, **one_process, "nnUNet_extTrainer": discovery}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(root / "scenarios.json")]
+    outputs = [root / f"output_{rank}.txt" for rank in (0, 1)]
+    processes = []
+    for rank, output in enumerate(outputs):
+        with output.open("w") as stream:
+            variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
+    try:
+        for process in processes:
+            process.wait(timeout=300)
+    finally:
+        for process in processes:
+            process.kill()
+    return Runs(root, "\n".join(output.read_text() for output in outputs))
+
+
+@pytest.mark.parametrize("scenario", LEARNING)
+def test_both_ranks_log_the_same_losses(runs: Runs, scenario: str) -> None:
+    first, second = (account["logged"] for account in runs.accounts(scenario))
+    assert first == second and np.isfinite(first["train_losses"] + first["val_losses"]).all()
+    assert len(first["train_losses"]) == (2 if scenario in LEARNING[:3] else 1)
+
+
+@pytest.mark.parametrize("scenario", LEARNING)
+def test_parameters_are_bit_equal_after_each_epoch(runs: Runs, scenario: str) -> None:
+    first, second = runs.accounts(scenario)
+    assert first["parameters"] == second["parameters"] and first["buffers"] == second["buffers"]
+    assert len(set(first["parameters"])) == (2 if scenario in LEARNING[:3] else 1)
+
+
+@pytest.mark.parametrize("scenario", LEARNING)
+def test_ranks_share_the_batch_on_the_cpu(runs: Runs, scenario: str) -> None:
+    for account in runs.accounts(scenario):
+        assert (account["device"], account["batch_size"]) == ("cpu", 2 if scenario in ("pretrain_plans", "fusion") else 1)
+
+
+@pytest.mark.parametrize("scenario", LEARNING)
+def test_only_the_first_rank_writes(runs: Runs, scenario: str) -> None:
+    first, second = runs.accounts(scenario)
+    assert any(name.endswith("checkpoint_final.pth.tmp") for name in first["written"])
+    assert second["written"] == []
+    assert len(list(runs.fold(scenario).glob("training_log*"))) == 1
+
+
+@pytest.mark.parametrize("scenario", ["pretrain_pct", "pretrain_plans"])
+def test_ranks_pretrain_on_tasks_of_their_own(runs: Runs, scenario: str) -> None:
+    tasks = [task for account in runs.accounts(scenario) for task in account["tasks"]]
+    training = [task for task in tasks if task["phase"] == "training"]
+    assert len(training) == 2 * 2 * 3
+    assert len({task["data"] for task in training}) == len({task["levels"] for task in training}) == len(training)
+
+
+def test_batch_of_one_per_rank_is_fused_with_the_case_before(runs: Runs) -> None:
+    for account in runs.accounts("pretrain_pct"):
+        foreground, keys = account["drawn"][0]
+        training = [task for task in account["tasks"] if task["phase"] == "training"]
+        for task in training:
+            assert task["foreground"] == foreground and task["keys"] != keys
+            foreground, keys = task["data"], task["keys"]
+        assert {task["data"] for task in training} < {digest for digest, _ in account["drawn"]}
+
+
+def test_finetuning_loads_on_both_ranks_and_reports_once(runs: Runs) -> None:
+    file = runs.fold("pretrain_pct") / "checkpoint_final.pth"
+    report = json.loads((runs.fold("finetune") / "pretrained_weights.json").read_text())
+    assert report["file"] == str(file) and report["share"] == 1
+    weights = torch.load(file, weights_only=True)["network_weights"]
+    expected = tensors_sha256({name: tensor for name, tensor in weights.items() if ".seg_layers." not in name})
+    assert [account["body_at_start"] for account in runs.accounts("finetune")] == [expected] * 2
+
+
+def test_final_validation_shares_the_cases_among_the_ranks(runs: Runs) -> None:
+    summary = json.loads((runs.fold("finetune") / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == NUM_VALIDATION
+    log = "".join(file.read_text() for file in runs.fold("finetune").glob("training_log*"))
+    assert "Mean Validation Dice" in log
+
+
+def test_nan_on_one_rank_stops_both_and_keeps_the_last_good_checkpoint(runs: Runs) -> None:
+    first, second = (account["error"] for account in runs.accounts("nan"))
+    assert "MisfmError: training stopped in epoch 1, step 1, rank 0: loss not finite on another rank" in first
+    assert "MisfmError: training stopped in epoch 1, step 1, rank 1: loss nan" in second
+    weights = torch.load(runs.fold("nan") / "checkpoint_best.pth", weights_only=True)["network_weights"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert not (runs.fold("nan") / "checkpoint_final.pth").exists()
+
+
+@pytest.mark.parametrize("scenario", EQUAL_TO_ONE_RANK)
+def test_two_ranks_with_one_sample_each_equal_one_rank_with_both(
+    runs: Runs, scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = runs.accounts(scenario)[0]["logged"]
+    monkeypatch.setenv("nnUNet_preprocessed", str(runs.root / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_compile", "f")
+    plans = {**plans_of_scenarios(), "continue_training": False}
+    trainer: Any = EQUAL_TO_ONE_RANK[scenario](plans, SCENARIOS[scenario][1], 0, toy_dataset_json(), torch.device("cpu"))
+    trainer.initialize()
+    trainer.network.train()
+    batches = torch.load(runs.root / f"{scenario}_batches.pt")
+    losses = [MisfmTrainer.train_step(trainer, batch)["loss"] for batch in batches]  # the task is given
+    distributed = torch.load(runs.root / f"{scenario}_ddp.pt")
+    for name, tensor in trainer.network.state_dict().items():
+        torch.testing.assert_close(distributed[name], tensor, rtol=0, atol=1e-5)
+    assert logged["train_losses"][0] == pytest.approx(np.mean(losses), abs=1e-5)
