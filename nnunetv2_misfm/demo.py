@@ -19,7 +19,7 @@ import torch
 
 from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE, is_listed
 from nnunetv2_misfm.data.phantoms import write_phantom_dataset
-from nnunetv2_misfm.demo_report import Run, draw_picture, write_results
+from nnunetv2_misfm.demo_report import Run, describe_machine, dice_table, draw_picture, write_results
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import discovery_folder
 
@@ -105,10 +105,12 @@ def run_demo(output: Path, device: str) -> Path:
         runs.append(Run(command.title, str(command), seconds))
         print(f"  {seconds:.0f} s, log: {log}", flush=True)
     predictions = {trainer: output / "predictions" / trainer for trainer in TRAINERS}
-    total_seconds = time.monotonic() - started
-    table = write_results(output / RESULTS, predictions, runs, device, total_seconds, SETTINGS_TEXT)
+    table = dice_table({trainer: folder / "summary.json" for trainer, folder in predictions.items()})
     draw_picture(output / PICTURE, organs, predictions)
-    print(f"\n{table}\n\nThe whole demo took {total_seconds / 60:.1f} minutes on {device}.")
+    took = f"The whole demo took {(time.monotonic() - started) / 60:.1f} minutes on {describe_machine(device)}."
+    set_for_demo = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    write_results(output / RESULTS, table, [SETTINGS_TEXT, took], runs, set_for_demo)
+    print(f"\n{table}\n\n{took}")
     print(f"Table and what was run: {output / RESULTS}\nPicture: {output / PICTURE}\nAll else: {output}")
     return output
 

@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nnunetv2_misfm.data.phantoms import LABELS
 
 # Soft-tissue window of abdominal CT, the usual one: level 40, width 400 HU
 WINDOW_HU = (-160, 240)
+# Between air and fat, far from the noise of both
+SKIN_HU = -400
 # Okabe and Ito's colours for the colour-blind: orange, sky blue, reddish purple
 COLOURS = {"liver": "#E69F00", "kidneys": "#56B4E9", "spine": "#CC79A7"}
 NETWORKS = {
@@ -23,10 +29,10 @@ NETWORKS = {
     "nnUNetTrainerPCTNetVF": "PCT-Net from Volume Fusion",
 }
 WARNING = (
-    "A demo this short says nothing about the methods: it shows that all parts work together. Networks are narrow, "
-    "training is thousands of times shorter than usual and the scans are phantoms. `nnUNetTrainerBaseline` is stock "
-    "`nnUNetTrainer` but for its length and seed, which it reads from the configuration; `nnUNetTrainer` itself has a "
-    "fixed length of 1000 epochs."
+    "**A demo this short says nothing about the methods**: it shows that all parts work together. The scans are "
+    "phantoms, the networks narrow, and training takes some hundred steps where nnU-Net takes 250,000. "
+    "`nnUNetTrainerBaseline` is stock `nnUNetTrainer` but for its length and seed, which it reads from the "
+    "configuration; `nnUNetTrainer` itself has a fixed length of 1000 epochs."
 )
 
 
@@ -76,47 +82,55 @@ def dice_table(summaries: Mapping[str, Path]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def describe_machine(device: str) -> str:
+    """Return the hardware and the versions of the packages that matter.
+
+    Args:
+        device: cpu or cuda.
+    """
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    packages = ("nnunetv2-misfm", "nnunetv2", "torch")
+    return ", ".join([hardware, *(f"{package} {version(package)}" for package in packages)])
+
+
 def write_results(
-    file: Path,
-    predictions: Mapping[str, Path],
-    runs: Sequence[Run],
-    device: str,
-    total_seconds: float,
-    settings: str,
-) -> str:
+    file: Path, table: str, conditions: Sequence[str], runs: Sequence[Run], variables: Mapping[str, str]
+) -> None:
     """Write the table, what it means, and what was run with times, as Markdown.
 
     Args:
-        file: the Markdown file.
-        predictions: folder with predictions and summary.json of each trainer, by its name.
+        file: the Markdown file; its folder is written as `.` in commands and as $PWD in variables.
+        table: of `dice_table`.
+        conditions: sentences on what was run and where.
         runs: the commands, in order.
-        device: cpu or cuda.
-        total_seconds: wall time of the whole demo.
-        settings: a sentence on the numbers of the configurations.
-
-    Returns:
-        The table.
+        variables: what the commands' environment had set for them.
     """
-    table = dice_table({trainer: folder / "summary.json" for trainer, folder in predictions.items()})
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("nnunetv2-misfm", "nnunetv2", "torch"))
+    folder = str(file.parent)
+    exports = [f'export {name}="{value.replace(folder, "$PWD")}"' for name, value in variables.items()]
     lines = [
         "# Demo on phantoms",
         "",
-        "Mean Dice of the held-out scans (n of them), one run each.",
+        "Mean Dice over the n held-out scans, one training run each.",
         "",
-        table,
+        *table.splitlines(),
         "",
         WARNING,
         "",
-        f"{settings} {hardware}, {versions}; {total_seconds / 60:.1f} minutes in all.",
+        *(f"- {condition}" for condition in conditions),
         "",
-        "| step | s | command |",
+        "## What was run",
+        "",
+        "To run any of it again, in this folder, set what the demo had set:",
+        "",
+        "```sh",
+        *exports,
+        "```",
+        "",
+        "| step | seconds | command |",
         "| --- | --- | --- |",
-        *(f"| {run.title} | {run.seconds:.0f} | `{run.command}` |" for run in runs),
+        *(f"| {run.title} | {run.seconds:.0f} | `{run.command.replace(folder, '.')}` |" for run in runs),
     ]
     file.write_text("\n".join(lines) + "\n")
-    return table
 
 
 def draw_picture(file: Path, dataset: Path, predictions: Mapping[str, Path]) -> None:
@@ -125,32 +139,30 @@ def draw_picture(file: Path, dataset: Path, predictions: Mapping[str, Path]) -> 
     Args:
         file: PNG to write.
         dataset: raw dataset with imagesTs and labelsTs; its first test case is drawn.
-        predictions: folder with predictions of each trainer, by its name.
+        predictions: folder with predictions and summary.json of each trainer, by its name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     truth_file = sorted((dataset / "labelsTs").glob("*.nii.gz"))[0]
     case = truth_file.name.removesuffix(".nii.gz")
     image, truth = _read(dataset / "imagesTs" / f"{case}_0000.nii.gz"), _read(truth_file)
     plane = best_plane(truth)
     panels: list[tuple[str, np.ndarray | None]] = [(f"Input\n{case}, slice {plane}", None), ("Truth\n", truth)]
     for trainer, folder in predictions.items():
-        panels.append(
-            (f"{NETWORKS[trainer]}\n{_case_dice(folder / 'summary.json', case)}", _read(folder / truth_file.name))
-        )
+        dice = _case_dice(folder / "summary.json", case)
+        panels.append((f"{NETWORKS[trainer]}\nDice {dice:.2f}", _read(folder / truth_file.name)))
 
-    figure = Figure(figsize=(3 * len(panels), 3.9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(3 * len(panels), 3.5), facecolor="white")
     FigureCanvasAgg(figure)
-    for axes, (title, labels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.imshow(image[plane], cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+    grid = {"left": 0.005, "right": 0.995, "bottom": 0.12, "top": 0.84, "wspace": 0.03}
+    body = body_box(image[plane])
+    for axes, (title, labels) in zip(figure.subplots(1, len(panels), gridspec_kw=grid), panels, strict=True):
+        axes.imshow(image[plane][body], cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
         if labels is not None:
-            axes.imshow(_overlay(labels[plane]), interpolation="nearest")
+            axes.imshow(_overlay(labels[plane][body]), interpolation="nearest")
         axes.set_title(title, fontsize=13)
         axes.axis("off")
     patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=13, frameon=False)
+    figure.legend(handles=patches, loc="lower center", ncols=len(patches), fontsize=13, frameon=False)
+    figure.text(0.995, 0.04, "Dice of this scan; a demo, no comparison of methods", ha="right", fontsize=11, style="italic")
     figure.savefig(file, dpi=110)
 
 
@@ -164,17 +176,28 @@ def best_plane(labels: np.ndarray) -> int:
     return int(np.min(areas, axis=0).argmax())
 
 
-def _case_dice(summary: Path, case: str) -> str:
-    for entry in json.loads(summary.read_text())["metric_per_case"]:
-        if Path(entry["prediction_file"]).name == f"{case}.nii.gz":
-            return f"Dice {np.nanmean([float(metrics['Dice']) for metrics in entry['metrics'].values()]):.2f}"
-    return ""
+def body_box(plane_hu: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and columns of the body, with a margin of two voxels.
+
+    Args:
+        plane_hu: [H, W], HU.
+    """
+    rows, columns = np.nonzero(plane_hu > SKIN_HU)
+    return slice(max(rows.min() - 2, 0), rows.max() + 3), slice(max(columns.min() - 2, 0), columns.max() + 3)
+
+
+def _case_dice(summary: Path, case: str) -> float:
+    """Return the mean Dice of all organs in one case."""
+    (metrics,) = (
+        entry["metrics"]
+        for entry in json.loads(summary.read_text())["metric_per_case"]
+        if Path(entry["prediction_file"]).name == f"{case}.nii.gz"
+    )
+    return float(np.nanmean([float(of_organ["Dice"]) for of_organ in metrics.values()]))
 
 
 def _overlay(labels: np.ndarray) -> np.ndarray:
     """Return [H, W, 4] in 0..1: an organ's colour, half transparent, and nothing elsewhere."""
-    from matplotlib.colors import to_rgba
-
     overlay = np.zeros((*labels.shape, 4))
     for name, colour in COLOURS.items():
         overlay[labels == LABELS[name]] = to_rgba(colour, 0.65)

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nnunetv2_misfm import demo
 from nnunetv2_misfm.data.phantoms import write_phantom_dataset
 from nnunetv2_misfm.demo import Command, choose_device, demo_commands, demo_environment, prepare_output, run_command
-from nnunetv2_misfm.demo_report import Run, best_plane, dice_table, draw_picture, read_dice, write_results
+from nnunetv2_misfm.demo_report import Run, best_plane, body_box, dice_table, draw_picture, read_dice, write_results
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import discovery_folder
 
@@ -85,7 +85,8 @@ def test_the_commands_are_the_whole_job_in_order(tmp_path: Path):
     ]
     weights = tmp_path / "nnUNet_results" / "Dataset900_PhantomPool"
     weights = weights / "nnUNetTrainerPCTNetVFPretrain__nnUNetPlans__demo" / "fold_all" / "checkpoint_final.pth"
-    assert [line[-2:] for line in trained if "-pretrained_weights" in line] == [["-pretrained_weights", str(weights)]]
+    assert list(trained[-1][-2:]) == ["-pretrained_weights", str(weights)]
+    assert not any("-pretrained_weights" in line for line in trained[:-1])
 
 
 def test_the_device_reaches_every_command_that_computes(tmp_path: Path):
@@ -190,15 +191,15 @@ def test_the_table_holds_means_by_hand(tmp_path: Path):
 
 
 def test_the_results_say_what_was_run_and_that_it_proves_nothing(tmp_path: Path):
-    summary(tmp_path / "a", {"1": [0.5], "2": [0.5], "3": [0.5]})
-    runs = [Run("Plan", "nnUNetv2_plan_and_preprocess -d 900", 12.4)]
-    table = write_results(
-        tmp_path / "results.md", {"nnUNetTrainerPCTNet": tmp_path / "a"}, runs, "cpu", 90.0, "Two epochs."
-    )
-    text = (tmp_path / "results.md").read_text()
-    assert table in text and "| Plan | 12 | `nnUNetv2_plan_and_preprocess -d 900` |" in text
-    assert "says nothing about the methods" in text and "fixed length of 1000 epochs" in text
-    assert "Two epochs." in text and "1.5 minutes" in text
+    runs = [Run("Plan", f"nnUNetv2_plan_and_preprocess -o {tmp_path}/logs", 12.4)]
+    variables = {"nnUNet_raw": f"{tmp_path}/nnUNet_raw", "nnUNet_compile": "f"}
+    write_results(tmp_path / "results.md", "| a table |", ["Two epochs."], runs, variables)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| a table |" in lines and "- Two epochs." in lines
+    assert "| Plan | 12 | `nnUNetv2_plan_and_preprocess -o ./logs` |" in lines
+    assert 'export nnUNet_raw="$PWD/nnUNet_raw"' in lines and 'export nnUNet_compile="f"' in lines
+    (warning,) = (line for line in lines if "says nothing about the methods" in line)
+    assert "fixed length of 1000 epochs" in warning
 
 
 def test_the_plane_drawn_shows_every_organ():
@@ -209,13 +210,23 @@ def test_the_plane_drawn_shows_every_organ():
     assert best_plane(labels) == 2
 
 
-def test_the_picture_is_drawn_from_files_as_nnunet_leaves_them(tmp_path: Path):
+def test_the_box_of_the_body_has_a_margin_and_ends_with_the_plane():
+    plane_hu = np.full((20, 30), -1000)
+    plane_hu[5:9, 1:29] = -80
+    assert body_box(plane_hu) == (slice(3, 11), slice(0, 31))
+    assert plane_hu[body_box(plane_hu)].shape == (8, 30)
+
+
+def test_the_picture_colours_the_organs_that_nnunet_predicted(tmp_path: Path):
     dataset = write_phantom_dataset(tmp_path, 901, "Organs", num_training=0, num_test=1, seed=0, labelled=True)
     truth = sitk.ReadImage(str(dataset / "labelsTs" / "phantom_000.nii.gz"))
-    summary(tmp_path / "prediction", {"1": [0.5], "2": [0.5], "3": [0.5]})
-    sitk.WriteImage(truth, str(tmp_path / "prediction" / "phantom_000.nii.gz"))
-    draw_picture(tmp_path / "picture.png", dataset, {"nnUNetTrainerPCTNet": tmp_path / "prediction"})
-    picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "picture.png")))
-    height, width = picture.shape[:2]
-    orange = (np.abs(picture[..., :3].astype(int) - (230, 159, 0)).sum(-1) == 0).sum()
-    assert width > 2 * height and orange > 50
+    coloured = {}
+    for name, prediction in {"right": truth, "empty": truth * 0}.items():
+        summary(tmp_path / name, {"1": [0.5], "2": [0.5], "3": [0.5]})
+        sitk.WriteImage(prediction, str(tmp_path / name / "phantom_000.nii.gz"))
+        draw_picture(tmp_path / f"{name}.png", dataset, {"nnUNetTrainerPCTNet": tmp_path / name})
+        picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"{name}.png")))[..., :3].astype(int)
+        assert picture.shape[1] > 2 * picture.shape[0]  # three panels side by side
+        coloured[name] = (np.ptp(picture, axis=-1) > 40).sum()
+    # the truth's panel and the legend are coloured in both
+    assert coloured["right"] > 1.5 * coloured["empty"] > 500

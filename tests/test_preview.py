@@ -147,6 +147,7 @@ def test_what_is_shown_is_the_task_on_the_preprocessed_cases(
     shown: list[Sample] = []
     monkeypatch.setattr(nnunetv2_misfm.preview, "draw", lambda samples, k: shown.extend(samples) or draw(samples, k))
     preview("555", "quick", tmp_path / "picture.png", num_samples=3)
+    preview("555", "quick", tmp_path / "picture.png", num_samples=1, seed=1)
     for one in shown:
         mixture = one.background + (one.foreground - one.background) * one.levels / 4
         assert np.allclose(one.fused, mixture, atol=1e-5)
@@ -154,8 +155,9 @@ def test_what_is_shown_is_the_task_on_the_preprocessed_cases(
             image, _ = toy_case(int(name[-1]), (20, 22, 20), 1)  # no geometry in its properties: ITK's default
             assert np.array_equal(volume, image[0, ::-1])
         assert one.spacing == (5.0, 1.0, 2.0)
-    assert len(shown) == 3 and set(shown[0].levels.flat) > {0, 4}
-    assert [one.names[1] for one in shown[1:]] == [one.names[0] for one in shown[:-1]]
+    assert len(shown) == 3 + 1 and set(shown[0].levels.flat) > {0, 4}
+    assert [one.names[1] for one in shown[1:3]] == [one.names[0] for one in shown[:2]]
+    assert not np.array_equal(shown[3].levels, shown[0].levels)
 
 
 def test_seed_makes_the_picture(workspace: Workspace, tmp_path: Path) -> None:

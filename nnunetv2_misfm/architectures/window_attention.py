@@ -172,7 +172,7 @@ class DropPath(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with a learned bias per relative position (Swin Transformer, equation 4).
+    """Multi-head self-attention within windows, with a learned bias per relative position (Swin, equation 4).
 
     Args:
         channels: C, a multiple of `num_heads`.

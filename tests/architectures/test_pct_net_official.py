@@ -33,7 +33,7 @@ UNUSED = re.compile(r"norm_layer\.|relative_position_index$")
 
 
 def our_key(key: str) -> str:
-    """The key of ours for a key of the released network, without `embeddings.{m}.`, `pred_heads.{m}.` or `pyramid_ct.`."""
+    """Our key for a released one that has lost `embeddings.{m}.`, `pred_heads.{m}.` or `pyramid_ct.`."""
     part, rest = key.split(".", 1)
     if part == "proj":
         return f"encoder.stem.{rest}"

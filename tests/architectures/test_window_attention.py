@@ -92,7 +92,8 @@ def test_a_partition_lists_windows_then_heads_then_tokens_in_row_major_order() -
     groups = windows_of(grid, window, (0, 0, 0))
     for index, key in enumerate(sorted(groups)):
         for head, (token, (place, _)) in itertools.product(range(num_heads), enumerate(groups[key])):
-            expected = tokens[:, *place, head * head_dim : (head + 1) * head_dim]
+            channels = slice(head * head_dim, (head + 1) * head_dim)
+            expected = tokens[(slice(None), *place, channels)]
             assert torch.equal(windows[:, index * num_heads + head, token], expected)
 
 
@@ -147,9 +148,7 @@ def test_attention_is_that_of_a_slow_loop_over_token_pairs(grid: Size3, window: 
     ("grid", "window", "shift"),
     [((6, 4, 4), (3, 2, 2), (1, 1, 1)), ((2, 6, 4), (2, 3, 2), (0, 1, 1)), ((4, 4, 4), (4, 4, 4), (0, 0, 0))],
 )
-def test_the_mask_parts_the_tokens_whose_distance_the_shift_changed(
-    grid: Size3, window: Size3, shift: Size3
-) -> None:
+def test_the_mask_parts_the_tokens_whose_distance_the_shift_changed(grid: Size3, window: Size3, shift: Size3) -> None:
     mask = shift_mask(grid, window, shift, CPU)
     groups = windows_of(grid, window, shift)
     assert mask.shape == (len(groups), math.prod(window), math.prod(window))

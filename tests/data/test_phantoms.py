@@ -18,13 +18,13 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_an_ellipsoid_holds_the_points_that_a_slow_loop_finds():
-    solid = Solid("liver", "ellipsoid", (1.0, -2.0, 0.5), (4.0, 3.0, 5.0))
-    axes = [np.arange(-8.0, 8.1, 1.0), np.arange(-9.0, 9.1, 1.5), np.arange(-7.0, 7.1, 1.0)]
+    solid = Solid("liver", "ellipsoid", (1.0, -3.0, 0.5), (4.0, 3.0, 5.0))
+    axes = [np.arange(-8.0, 8.1, 1.0), np.arange(-9.0, 9.1, 1.5), np.arange(-7.5, 7.6, 1.0)]
     inside = solid.contains(*axes)
     for i, z in enumerate(axes[0]):
         for j, y in enumerate(axes[1]):
             for k, x in enumerate(axes[2]):
-                expected = ((z - 1) / 4) ** 2 + ((y + 2) / 3) ** 2 + ((x - 0.5) / 5) ** 2 <= 1
+                expected = ((z - 1) / 4) ** 2 + ((y + 3) / 3) ** 2 + ((x - 0.5) / 5) ** 2 <= 1
                 assert inside[i, j, k] == expected
 
 

@@ -115,6 +115,13 @@ def test_all_else_in_the_folder_stays_as_it_is(workspace: Workspace) -> None:
     assert resolved(workspace, "mine", "other.json")["misfm"]["num_epochs"] == 4
 
 
+def test_plans_are_replaced_in_one_step_never_overwritten(workspace: Workspace) -> None:
+    before = (workspace.base / PLANS).read_bytes()
+    os.link(workspace.base / PLANS, workspace.root / "same file")
+    configure("555", "quick", "mine", ["num_epochs=3"])
+    assert (workspace.root / "same file").read_bytes() == before != (workspace.base / PLANS).read_bytes()
+
+
 def test_earlier_one_of_the_name_is_replaced_and_leaves_nothing_behind(workspace: Workspace) -> None:
     configure("555", "3d_fullres", "mine", ["num_epochs=3", "seed=1", "batch_size=9"])
     configure("555", "3d_fullres", "mine", ["num_epochs=4"])

@@ -70,6 +70,7 @@ class Rank:
 
         def on_epoch_end(trainer: Any) -> None:
             network = trainer.bare_network
+            self.account["epochs"].append(trainer.current_epoch)
             self.account["parameters"].append(tensors_sha256(dict(network.named_parameters())))
             self.account["buffers"].append(tensors_sha256(dict(network.named_buffers())))
             end_epoch(trainer)
@@ -91,7 +92,9 @@ class Rank:
             return posed
 
         nnUNetTrainer.on_train_start, nnUNetTrainer.on_epoch_end = on_train_start, on_epoch_end
-        nnUNetTrainer.perform_actual_validation = lambda t, npz: validate(t, npz) if self.scenario["validate"] else None
+        nnUNetTrainer.perform_actual_validation = lambda t, npz: (
+            validate(t, npz) if "validate" in self.scenario else None
+        )
         PretextTrainer.pose_task = pose_task
 
     def feed(self, loader: Any) -> Iterator[dict]:
@@ -115,16 +118,16 @@ class Rank:
 
     def run(self, scenario: dict[str, Any], folder: Path) -> None:
         """Runs a scenario as nnU-Net runs a rank, and writes the account of it."""
-        os.environ["nnUNet_results"] = str(folder / scenario["name"])
+        os.environ["nnUNet_results"] = str(folder / scenario["results"])
         os.environ["nnUNet_misfm_weights"] = scenario.get("weights", "")
-        self.account = {"written": [], "parameters": [], "buffers": [], "tasks": [], "drawn": [], "error": ""}
-        self.scenario = {"validate": False, **scenario}
+        lists = ("written", "epochs", "parameters", "buffers", "tasks", "drawn")
+        self.account = {"error": "", **{name: [] for name in lists}}
+        self.scenario = scenario
         dataset, configuration, trainer = (scenario[key] for key in ("dataset", "configuration", "trainer"))
-        options = {"disable_checkpointing": False, "c": scenario.get("c", False), "val": scenario.get("val", False)}
         try:
             run_training.run_ddp(
-                self.rank, dataset, configuration, 0, trainer, "nnUNetPlans", **options,
-                pretrained_weights=None, npz=False, val_with_best=False, world_size=self.world_size,
+                self.rank, dataset, configuration, 0, trainer, "nnUNetPlans", False, scenario.get("continue", False),
+                False, None, False, False, self.world_size,
             )  # fmt: skip
         except Exception as error:
             self.account["error"] = f"{type(error).__name__}: {error}"

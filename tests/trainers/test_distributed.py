@@ -15,7 +15,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from toy import DATASET, toy_case, toy_dataset_json, toy_plans, write_case, write_toy_dataset
 
 from nnunetv2_misfm.trainers.base import MisfmTrainer
@@ -27,17 +26,23 @@ from nnunetv2_misfm.weights.checkpoint import tensors_sha256
 pytestmark = pytest.mark.slow
 
 PCT_PRETRAIN, PCT_VF, VF_PRETRAIN = "nnUNetTrainerPCTNetVFPretrain", "nnUNetTrainerPCTNetVF", "nnUNetTrainerVFPretrain"
-# Name of the scenario -> trainer and configuration. In those of the last three both rows see the same given samples.
+# Name of the scenario -> trainer and configuration
 SCENARIOS = {
     "pretrain_pct": (PCT_PRETRAIN, "quick"),
     "pretrain_plans": (VF_PRETRAIN, "four"),
     "finetune": (PCT_VF, "quick"),
     "nan": (PCT_VF, "quick"),
+    "resume": (PCT_VF, "quick"),  # goes on where `nan` stopped
+    # the next three train on given samples
     "dice_per_sample": ("nnUNetTrainerBaseline", "single"),
     "dice_of_batch": ("nnUNetTrainerBaseline", "single_batch_dice"),
     "fusion": (VF_PRETRAIN, "single_four"),
 }
-LEARNING = ("pretrain_pct", "pretrain_plans", "finetune", "dice_per_sample", "dice_of_batch", "fusion")
+# Epochs that each takes
+LEARNING = {
+    "pretrain_pct": [0, 1], "pretrain_plans": [0, 1], "finetune": [0, 1], "resume": [1],
+    "dice_per_sample": [0], "dice_of_batch": [0], "fusion": [0],
+}  # fmt: skip
 EQUAL_TO_ONE_RANK = {
     "dice_per_sample": nnUNetTrainerBaseline,
     "dice_of_batch": nnUNetTrainerBaseline,
@@ -63,7 +68,8 @@ class Runs:
 
     def fold(self, scenario: str) -> Path:
         trainer, configuration = SCENARIOS[scenario]
-        return self.root / scenario / DATASET / f"{trainer}__nnUNetPlans__{configuration}" / "fold_0"
+        results = "nan" if scenario == "resume" else scenario
+        return self.root / results / DATASET / f"{trainer}__nnUNetPlans__{configuration}" / "fold_0"
 
 
 def plans_of_scenarios() -> dict[str, Any]:
@@ -117,11 +123,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Both ranks after all scenarios."""
     root = tmp_path_factory.mktemp("distributed")
     base = write_toy_dataset(root / "preprocessed", plans_of_scenarios())
-    # three cases for two ranks, in one, nine and one windows (each x 8 for mirroring): the ranks take unequal numbers of steps
+    # in one, nine and one windows: the first rank's two cases take fewer forward passes than the second rank's one
     make_validatable(base, [(16, 16, 32), (30, 30, 32), (16, 16, 32)])
     scenarios = []
     for name, (trainer, configuration) in SCENARIOS.items():
-        scenario = {"name": name, "trainer": trainer, "configuration": configuration, "dataset": DATASET}
+        scenario = {
+            "name": name,
+            "results": name,
+            "dataset": DATASET,
+            "trainer": trainer,
+            "configuration": configuration,
+        }
         if name in EQUAL_TO_ONE_RANK:
             scenario["batches"] = str(root / f"{name}_batches.pt")
             torch.save(given_batches(*((4, 5) if name == "fusion" else (2, 3))), scenario["batches"])
@@ -129,7 +141,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     by_name = {scenario["name"]: scenario for scenario in scenarios}
     weights = Runs(root, "").fold("pretrain_pct") / "checkpoint_final.pth"
     by_name["finetune"] |= {"validate": True, "weights": str(weights)}
-    by_name["nan"] |= {"nan": [1, 4], "weights": str(weights)}
+    by_name["nan"] |= {"nan": [1, 4], "weights": str(weights)}  # rank 1, the second step of the second epoch
+    by_name["resume"] |= {"results": "nan", "continue": True, "weights": "nowhere.pth"}
     (root / "scenarios.json").write_text(json.dumps(scenarios))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,20 +172,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_both_ranks_log_the_same_losses(runs: Runs, scenario: str) -> None:
     first, second = (account["logged"] for account in runs.accounts(scenario))
     assert first == second and np.isfinite(first["train_losses"] + first["val_losses"]).all()
-    assert len(first["train_losses"]) == (2 if scenario in LEARNING[:3] else 1)
+    assert len(first["train_losses"]) == LEARNING[scenario][-1] + 1
 
 
 @pytest.mark.parametrize("scenario", LEARNING)
 def test_parameters_are_bit_equal_after_each_epoch(runs: Runs, scenario: str) -> None:
     first, second = runs.accounts(scenario)
     assert first["parameters"] == second["parameters"] and first["buffers"] == second["buffers"]
-    assert len(set(first["parameters"])) == (2 if scenario in LEARNING[:3] else 1)
+    assert first["epochs"] == LEARNING[scenario] and len(set(first["parameters"])) == len(LEARNING[scenario])
 
 
 @pytest.mark.parametrize("scenario", LEARNING)
 def test_ranks_share_the_batch_on_the_cpu(runs: Runs, scenario: str) -> None:
+    size = 2 if scenario in ("pretrain_plans", "fusion") else 1
     for account in runs.accounts(scenario):
-        assert (account["device"], account["batch_size"]) == ("cpu", 2 if scenario in ("pretrain_plans", "fusion") else 1)
+        assert (account["device"], account["batch_size"]) == ("cpu", size)
 
 
 @pytest.mark.parametrize("scenario", LEARNING)
@@ -180,7 +194,6 @@ def test_only_the_first_rank_writes(runs: Runs, scenario: str) -> None:
     first, second = runs.accounts(scenario)
     assert any(name.endswith("checkpoint_final.pth.tmp") for name in first["written"])
     assert second["written"] == []
-    assert len(list(runs.fold(scenario).glob("training_log*"))) == 1
 
 
 @pytest.mark.parametrize("scenario", ["pretrain_pct", "pretrain_plans"])
@@ -219,11 +232,14 @@ def test_final_validation_shares_the_cases_among_the_ranks(runs: Runs) -> None:
 
 def test_nan_on_one_rank_stops_both_and_keeps_the_last_good_checkpoint(runs: Runs) -> None:
     first, second = (account["error"] for account in runs.accounts("nan"))
+    written = runs.accounts("nan")[0]["written"]
     assert "MisfmError: training stopped in epoch 1, step 1, rank 0: loss not finite on another rank" in first
     assert "MisfmError: training stopped in epoch 1, step 1, rank 1: loss nan" in second
     weights = torch.load(runs.fold("nan") / "checkpoint_best.pth", weights_only=True)["network_weights"]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
-    assert not (runs.fold("nan") / "checkpoint_final.pth").exists()
+    names = {path.name for path in runs.fold("nan").glob("*.pth")}
+    assert names == {"checkpoint_best.pth", "checkpoint_final.pth"}  # the final one is of `resume`
+    assert not any(name.endswith(("checkpoint_final.pth.tmp", "checkpoint_latest.pth.tmp")) for name in written)
 
 
 @pytest.mark.parametrize("scenario", EQUAL_TO_ONE_RANK)
@@ -235,7 +251,8 @@ def test_two_ranks_with_one_sample_each_equal_one_rank_with_both(
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_compile", "f")
     plans = {**plans_of_scenarios(), "continue_training": False}
-    trainer: Any = EQUAL_TO_ONE_RANK[scenario](plans, SCENARIOS[scenario][1], 0, toy_dataset_json(), torch.device("cpu"))
+    kind, configuration = EQUAL_TO_ONE_RANK[scenario], SCENARIOS[scenario][1]
+    trainer: Any = kind(plans, configuration, 0, toy_dataset_json(), torch.device("cpu"))
     trainer.initialize()
     trainer.network.train()
     batches = torch.load(runs.root / f"{scenario}_batches.pt")
