@@ -22,7 +22,7 @@ _NUMPY_SCALARS: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?efd" + np.typecodes["AllInteger"]},
 ]
-# How PyTorch (2.6 to 2.15) names what its safe loader refuses, at the end of a page of advice
+# How PyTorch (2.15) names what its safe loader refuses, at the end of a page of advice; else the general sentence
 _REFUSED = re.compile(r"GLOBAL ([\w.]*\w)")
 # What DDP and torch.compile put before a parameter's name, in either order
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -83,10 +83,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MisfmError(f"expected a checkpoint file at {path}, found none; check the path.")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        can_be_mapped = _is_zip(path)
     except OSError as error:
-        raise MisfmError(f"{path} could not be read ({error.strerror}).") from error
+        raise MisfmError(f"{path} could not be read ({error.strerror}); check disk and permissions.") from error
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except Exception as error:  # PyTorch's readers raise a dozen types of error on bytes that are no checkpoint
         if refused := _REFUSED.search(str(error)):
             raise MisfmError(

@@ -31,12 +31,12 @@ SCENARIOS = {
     "pretrain_pct": (PCT_PRETRAIN, "quick"),
     "pretrain_plans": (VF_PRETRAIN, "four"),
     "finetune": (PCT_VF, "quick"),
-    "nan": (PCT_VF, "quick"),
-    "resume": (PCT_VF, "quick"),  # goes on where `nan` stopped
-    # the next three train on given samples
+    # these three train on given samples
     "dice_per_sample": ("nnUNetTrainerBaseline", "single"),
     "dice_of_batch": ("nnUNetTrainerBaseline", "single_batch_dice"),
     "fusion": (VF_PRETRAIN, "single_four"),
+    "nan": (PCT_VF, "quick"),
+    "resume": (PCT_VF, "quick"),  # goes on where `nan` stopped
 }
 # Epochs that each takes
 LEARNING = {
@@ -48,8 +48,9 @@ EQUAL_TO_ONE_RANK = {
     "dice_of_batch": nnUNetTrainerBaseline,
     "fusion": nnUNetTrainerVFPretrain,
 }
-NUM_STEPS = 4
+NUM_STEPS = 3
 NUM_VALIDATION = 3
+GRID = (1, 8, 8, 16)  # of the coarser head's target
 
 
 @dataclass
@@ -107,11 +108,17 @@ def make_validatable(base: Path, shapes: Sequence[tuple[int, int, int]]) -> None
 
 
 def given_batches(size: int, num_classes: int) -> list[dict[str, Any]]:
-    """Batches as nnU-Net's loader makes them, with targets for the two heads of the toy network."""
+    """Batches as nnU-Net's loader makes them, with targets for the two heads of the toy network.
+
+    The first samples have little foreground and lack the last class, so that Dice of a batch and of samples differ.
+    """
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(NUM_STEPS):
-        target = torch.randint(0, num_classes, (size, 1, 8, 8, 16), generator=generator)
+        target = torch.zeros(size, *GRID, dtype=torch.int64)
+        for i in range(size):
+            labels = torch.randint(0, num_classes - size + 1 + i, GRID, generator=generator)
+            target[i] = labels * (torch.rand(GRID, generator=generator) < (i + 1) / size)
         fine = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
         data = fine + torch.randn(fine.shape, generator=generator)
         batches.append({"data": data, "target": [fine, target], "keys": [f"case_{i}" for i in range(size)]})

@@ -1,5 +1,4 @@
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
-from torch.nn.functional import conv3d, conv_transpose3d
+from torch.nn.functional import conv_transpose3d
 from toy import toy_architecture
 
 from nnunetv2_misfm.architectures import PCTNet
@@ -88,9 +87,8 @@ def test_account_lists_every_tensor_once_and_the_share_is_that_of_the_parameters
     assert (report.adapted, report.share, report.transfer) == ({}, 1.0, "all")
     assert unchanged(network, {**before, **{n: source.state_dict()[n] for n in report.moved}})
     assert report.summary() == "9 tensors moved, 0 adapted, 2 left fresh; 100.0 % of the parameters (heads aside)"
-    assert report.as_dict() == {
-        "transfer": "all", "moved": report.moved, "adapted": {}, "fresh": report.fresh, "share": 1.0
-    }  # fmt: skip
+    expected = {"transfer": "all", "moved": report.moved, "adapted": {}, "fresh": report.fresh, "share": 1.0}
+    assert report.as_dict() == expected
 
 
 def test_share_counts_scalars_of_parameters_heads_and_buffers_aside() -> None:
@@ -122,22 +120,14 @@ def test_half_of_the_parameters_is_the_least_that_is_taken(hidden: int, enough: 
 def test_too_little_gets_a_sentence_and_leaves_the_network_bitwise() -> None:
     network = pct_net(0)
     before = snapshot(network)
-    wider = (6, 12, 12, 24, 48)
-    for source, misfit in (
-        ({}, "encoder.stem.weight: not in the file"),
-        (unet(1).state_dict(), "encoder.stem.weight: not in the file"),
-        (
-            pct_net(1, features_per_stage=wider).state_dict(),
-            r"encoder.stem.weight: shape \(6, 1, 3, 3, 3\) in the file",
-        ),
-        ({name: t for name, t in pct_net(1).state_dict().items() if ".seg_layers." in name}, "not in the file"),
-    ):
+    wider = pct_net(1, features_per_stage=(6, 12, 12, 24, 48)).state_dict()
+    heads_alone = {name: t for name, t in pct_net(1).state_dict().items() if ".seg_layers." in name}
+    missing, misfit = "not in the file", "shape (6, 1, 3, 3, 3) in the file, (4, 1, 3, 3, 3) in the network"
+    for source, why in (({}, missing), (unet(1).state_dict(), missing), (wider, misfit), (heads_alone, missing)):
         for transfer in ("all", "encoder"):
-            with pytest.raises(
-                MisfmError, match="expected weights of the same network, but only .*the first misfit is"
-            ) as e:
+            with pytest.raises(MisfmError, match="expected weights of the same network, but only") as refusal:
                 transfer_weights(source, network, transfer)
-            assert re.search(misfit, str(e.value)) and "with the same features_per_stage" in str(e.value)
+            assert f"the first misfit is encoder.stem.weight: {why}); use a checkpoint" in str(refusal.value)
             assert unchanged(network, before)
 
 
@@ -159,8 +149,9 @@ def test_network_without_an_encoder_gets_a_sentence_where_one_is_asked_for() -> 
 
 
 @ALL_KINDS
-def test_all_but_the_heads_moves_whatever_the_number_of_classes(make: Any) -> None:
-    source, network = make(1, classes=5), make(2, classes=3)
+@pytest.mark.parametrize("classes", [3, 5])
+def test_all_but_the_heads_moves_whatever_the_number_of_classes(make: Any, classes: int) -> None:
+    source, network = make(1, classes=classes), make(2, classes=3)
     before, given = snapshot(network), snapshot(source)
     report = transfer_weights(given, network)
     assert (report.adapted, report.share, sorted(report.fresh)) == ({}, 1.0, sorted(heads(network)))
@@ -169,14 +160,6 @@ def test_all_but_the_heads_moves_whatever_the_number_of_classes(make: Any) -> No
     for name, tensor in now.items():  # every name, those under which a tensor is registered again too
         expected = before if ".seg_layers." in name else given
         assert torch.equal(tensor, expected[name]), name
-
-
-@ALL_KINDS
-def test_heads_stay_even_where_they_would_fit(make: Any) -> None:
-    source, network = make(1), make(2)
-    before = snapshot(network)
-    transfer_weights(source.state_dict(), network)
-    assert unchanged(network, before | {n: t for n, t in source.state_dict().items() if ".seg_layers." not in n})
 
 
 @ALL_KINDS
@@ -192,14 +175,6 @@ def test_encoder_alone_leaves_the_decoder_bitwise(make: Any) -> None:
     assert report.share == 1.0
     assert all(name.startswith("encoder.") for name in report.moved)
     assert {why for n, why in report.fresh.items() if n not in heads(network)} == {"outside the encoder"}
-
-
-def test_moved_network_computes_what_the_other_computes() -> None:
-    source, network = pct_net(1).eval(), pct_net(2).eval()
-    transfer_weights(source.state_dict(), network)
-    network.decoder.seg_layers.load_state_dict(source.decoder.seg_layers.state_dict())
-    x = torch.randn(1, 1, 16, 20, 12)
-    assert all(torch.equal(a, b) for a, b in zip(network(x), source(x), strict=True))
 
 
 def test_half_precision_in_the_file_fills_full_precision() -> None:
@@ -294,14 +269,9 @@ def test_thick_kernel_made_flat_answers_the_same_to_what_is_constant_along_the_a
     shape = [2, 2, 5, 5, 5]
     shape[2 + axis] = 1
     x = torch.randn(shape).expand(2, 2, 5, 5, 5)
-    inside = slice(1, -1)  # at the border the thick kernel sees its padding
+    # at the border the thick kernel sees its padding
     made, expected = (layer(x).narrow(2 + axis, 1, 3) for layer in (network, source))
     assert torch.allclose(made, expected, atol=1e-6)
-    by_hand = source.weight.sum(2 + axis, keepdim=True)
-    padding = [k // 2 for k in flat]
-    assert torch.allclose(
-        network(x)[:, :, inside], conv3d(x, by_hand, source.bias, 1, padding)[:, :, inside], atol=1e-6
-    )
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
