@@ -39,7 +39,7 @@ SEED = 0
 TARGET_SPACING_MM = ("5", "3", "3")
 NETWORK = ("patch_size=[16,32,32]", "features_per_stage=[8,16,32,64,128]", f"seed={SEED}")
 PLANS_NETWORK = ("architecture.features_per_stage=[8,16,32,64]",)  # the plans' network has four stages here
-PRETRAINING = ("batch_size=4", "num_epochs=8", "num_iterations_per_epoch=25", "num_val_iterations_per_epoch=2")
+PRETRAINING = ("batch_size=4", "num_epochs=6", "num_iterations_per_epoch=25", "num_val_iterations_per_epoch=2")
 TRAINING = ("batch_size=2", "num_epochs=10", "num_iterations_per_epoch=30", "num_val_iterations_per_epoch=2")
 
 SETTINGS_TEXT = (
@@ -56,7 +56,7 @@ MOST_WORKERS = 8
 
 @dataclass(frozen=True)
 class Command:
-    """One command line of the demo.
+    """One command line of the demo; as a string, what a shell would take.
 
     Attributes:
         title: what it does, for the reader.
@@ -69,7 +69,9 @@ class Command:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return shlex.join(self.arguments)
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.arguments)]
+        )
 
 
 def run_demo(output: Path, device: str) -> Path:
@@ -80,7 +82,7 @@ def run_demo(output: Path, device: str) -> Path:
         device: cpu, cuda, or auto for cuda where there is one.
 
     Returns:
-        The picture's and the table's folder, `output` as an absolute path.
+        `output` as an absolute path; it holds results.md and picture.png.
 
     Raises:
         MisfmError: no such device, a folder that the demo did not make, or a command that failed.

@@ -30,7 +30,8 @@ NETWORKS = {
 }
 WARNING = (
     "**A demo this short says nothing about the methods**: it shows that all parts work together. The scans are "
-    "phantoms, the networks narrow, and training takes some hundred steps where nnU-Net takes 250,000. "
+    "phantoms, the networks narrow, and some hundred steps stand for nnU-Net's 250,000 of training and for the "
+    "100,000 and more of pretraining that Volume Fusion's paper took; so little pretraining need not help at all. "
     "`nnUNetTrainerBaseline` is stock `nnUNetTrainer` but for its length and seed, which it reads from the "
     "configuration; `nnUNetTrainer` itself has a fixed length of 1000 epochs."
 )
@@ -162,7 +163,9 @@ def draw_picture(file: Path, dataset: Path, predictions: Mapping[str, Path]) -> 
         axes.axis("off")
     patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=patches, loc="lower center", ncols=len(patches), fontsize=13, frameon=False)
-    figure.text(0.995, 0.04, "Dice of this scan; a demo, no comparison of methods", ha="right", fontsize=11, style="italic")
+    figure.text(
+        0.995, 0.04, "Dice of this scan; a demo, no comparison of methods", ha="right", fontsize=11, style="italic"
+    )
     figure.savefig(file, dpi=110)
 
 

@@ -104,9 +104,8 @@ def test_all_three_trainers_train_on_the_same_configuration_and_predict_the_held
 
 
 def test_a_printed_command_can_be_pasted_into_a_shell():
-    assert str(Command("", ["nnUNetv2_misfm", "patch_size=[24,48]", "a b"])) == (
-        "nnUNetv2_misfm 'patch_size=[24,48]' 'a b'"
-    )
+    command = Command("", ["nnUNetv2_misfm", "patch_size=[24,48]", "a b"], {"nnUNet_n_proc_DA": "1"})
+    assert str(command) == "nnUNet_n_proc_DA=1 nnUNetv2_misfm 'patch_size=[24,48]' 'a b'"
 
 
 def test_the_environment_names_the_demos_folders_and_keeps_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -136,7 +135,6 @@ def test_planning_is_given_a_data_worker_because_nnunet_fails_without(tmp_path: 
 
 
 def test_a_command_gets_its_variables_and_its_output_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "executable", sys.executable)
     body = "import os, sys; print(os.environ['A'] + os.environ['B']); print(sys.argv[1], file=sys.stderr)"
     script(tmp_path, "misfm_probe", body)
     environment = {"PATH": str(tmp_path), "A": "from the demo, ", "B": "overridden"}
@@ -144,7 +142,7 @@ def test_a_command_gets_its_variables_and_its_output_is_kept(tmp_path: Path, mon
     command = Command("", ["misfm_probe", "argument"], {"B": "from the command"})
     assert run_command(command, environment, tmp_path / "log") > 0
     log = (tmp_path / "log").read_text()
-    assert log.splitlines()[0] == "$ misfm_probe argument"
+    assert log.splitlines()[0] == "$ B='from the command' misfm_probe argument"
     assert "from the demo, from the command" in log and "argument" in log.splitlines()[1:]
 
 

@@ -4,7 +4,8 @@ Hooks of nnU-Net 2.8 that are overridden, and what each does instead: `__init__`
 `initialize` (seeds; wraps for DDP on any device), `build_network_architecture` (a classmethod, so that mixins chain),
 `configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split` (no silent random fold),
 `train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, one more
-key) and `load_checkpoint` (falls back from an unreadable file under `--c`).
+key) and `load_checkpoint` (falls back from an unreadable file under `--c`). `on_train_start` and the starts of an epoch
+only add notes to nnU-Net's.
 """
 
 import io
@@ -40,6 +41,8 @@ from nnunetv2_misfm.weights.checkpoint import read_checkpoint, write_checkpoint
 # nnU-Net's names, in the order in which its own --c looks for them
 CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
+# Distance of the seeds of two epochs, above any number of ranks (ours)
+SEED_STEP = 10_000
 # nnU-Net's cross-validation (nnUNetTrainer.do_split)
 NUM_DEFAULT_FOLDS = 5
 
@@ -80,7 +83,8 @@ class MisfmTrainer(nnUNetTrainer):
         self.check_configuration(PlansManager(plans).get_configuration(configuration))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the global rank for the number of the GPU
-            index = int(os.environ.get("LOCAL_RANK") or self.local_rank)
+            launched = {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # by torchrun, not by nnU-Net's -num_gpus
+            index = int(os.environ["LOCAL_RANK"]) if launched else self.local_rank
             use_cuda = "nccl" in dist.get_backend()
             self.device = torch.device("cuda", index) if use_cuda else torch.device("cpu")
             self.grad_scaler = self.grad_scaler if use_cuda else None
@@ -156,6 +160,11 @@ class MisfmTrainer(nnUNetTrainer):
         )
 
     @property
+    def num_label_channels(self) -> int:
+        """Number of trailing input channels that hold the previous stage's labels (0 but for a cascade)."""
+        return len(self.label_manager.foreground_labels) if self.is_cascaded else 0
+
+    @property
     def bare_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
@@ -163,11 +172,7 @@ class MisfmTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         """Seeds, then lets nnU-Net build network, optimiser and loss; replaces only its wrapping for DDP."""
-        if self.recipe.seed is not None:
-            seed = self.recipe.seed + self.local_rank
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+        self.seed_everything()
         if not self.is_ddp:
             super().initialize()
             return
@@ -177,6 +182,15 @@ class MisfmTrainer(nnUNetTrainer):
         self._set_batch_size_and_oversample()
         self.network = self._wrap_for_ddp(self.network)
         self.loss = self._build_loss()
+
+    def seed_everything(self) -> None:
+        """Seeds Python, NumPy and PyTorch where the recipe has a seed: differently per rank and epoch of (re)start."""
+        if self.recipe.seed is None:
+            return
+        seed = self.recipe.seed + self.local_rank + SEED_STEP * self.current_epoch
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
     def _wrap_for_ddp(self, network: nn.Module) -> DistributedDataParallel:
         if self.device.type != "cuda":  # SyncBatchNorm exists for CUDA only
@@ -210,14 +224,14 @@ class MisfmTrainer(nnUNetTrainer):
                     f"expected a fold below {num_splits} (the splits in {splits_file}), got {self.fold}; "
                     "append the split there or choose another fold."
                 )
-            num_cases = len(
-                infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
-            )
-            if not splits_file.is_file() and num_cases < NUM_DEFAULT_FOLDS:
-                raise MisfmError(
-                    f"expected at least {NUM_DEFAULT_FOLDS} cases for nnU-Net's cross-validation, got {num_cases}; "
-                    "use the fold 'all' or write splits_final.json."
-                )
+            if not splits_file.is_file():
+                folder = self.preprocessed_dataset_folder
+                num_cases = len(infer_dataset_class(folder).get_identifiers(folder))
+                if num_cases < NUM_DEFAULT_FOLDS:
+                    raise MisfmError(
+                        f"expected at least {NUM_DEFAULT_FOLDS} cases for nnU-Net's cross-validation, got {num_cases}; "
+                        "use the fold 'all' or write splits_final.json."
+                    )
         return super().do_split()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 - nnU-Net's name
@@ -256,6 +270,8 @@ class MisfmTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Starts as nnU-Net does, and notes what the run is made of."""
+        if self.was_resumed:
+            self.seed_everything()  # not the crops of epoch 0 once more
         super().on_train_start()
         self._may_fall_back = False
         self.data_fingerprint = data_fingerprint(self)
@@ -291,9 +307,9 @@ class MisfmTrainer(nnUNetTrainer):
             cases = ", ".join(map(str, batch["keys"]))
             here = "loss not finite on another rank" if finite else f"loss {result['loss']}"
             raise MisfmError(
-                f"{phase} stopped in epoch {self.current_epoch}, step {self._step}, rank {self.local_rank}: {here}; cases "
-                f"of the batch: {cases}. The last good checkpoint is kept: look at these cases or lower initial_lr, "
-                "then go on with --c."
+                f"{phase} stopped in epoch {self.current_epoch}, step {self._step}, rank {self.local_rank}: {here}; "
+                f"cases of the batch: {cases}. The last good checkpoint is kept: look at these cases or lower "
+                "initial_lr, then go on with --c."
             )
         self._step += 1
         return result
@@ -341,9 +357,11 @@ class MisfmTrainer(nnUNetTrainer):
         readable = []
         for name in CHECKPOINT_NAMES:
             try:
-                readable.append((folder / name, read_checkpoint(folder / name)))
+                checkpoint = read_checkpoint(folder / name)
             except MisfmError:
                 continue
+            if isinstance(checkpoint.get("current_epoch"), int):
+                readable.append((folder / name, checkpoint))
         if not readable:
             raise MisfmError(
                 f"{error} No other checkpoint in {folder} can be read either: start anew without --c."

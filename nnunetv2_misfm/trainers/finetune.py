@@ -90,36 +90,46 @@ class FinetuneTrainer(MisfmTrainer):
             if found:
                 return found[0], f"a finished run of {self.pretrain_trainer} on this dataset"
         dataset, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+        single_stage = next(
+            name for name in self._lineage() if self.plans_manager.get_configuration(name).previous_stage_name is None
+        )
         looked_in = self._pretraining_results("all")[0].parent.parent
         raise MisfmError(
             f"{type(self).__name__} expected pretrained weights and found none by any of its four routes: "
             f"1. -pretrained_weights FILE; 2. misfm.pretrained_weights in the plans ({plans}, configuration "
             f"{self.configuration_name}); 3. the variable {WEIGHTS_VARIABLE}; 4. a finished run of "
             f"{self.pretrain_trainer} in {looked_in}. To pretrain: nnUNetv2_train {dataset} "
-            f"{self.configuration_name} all -tr {self.pretrain_trainer} -p {plans}"
+            f"{single_stage} all -tr {self.pretrain_trainer} -p {plans}"
         )
 
     def _pretraining_results(self, fold: int | str) -> list[Path]:
         """Returns where runs on this configuration, and on those that it inherits from, keep their final weights."""
+        dataset = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
+        run = f"{self.pretrain_trainer}__{self.plans_manager.plans_name}"
+        return [dataset / f"{run}__{name}" / f"fold_{fold}" / "checkpoint_final.pth" for name in self._lineage()]
+
+    def _lineage(self) -> list[str]:
+        """Returns this configuration and those that it inherits from, the planned one last."""
         configurations = self.plans_manager.plans["configurations"]
         names = [self.configuration_name]
         while "inherits_from" in configurations[names[-1]]:
             names.append(configurations[names[-1]]["inherits_from"])
-        dataset = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
-        run = f"{self.pretrain_trainer}__{self.plans_manager.plans_name}"
-        return [dataset / f"{run}__{name}" / f"fold_{fold}" / "checkpoint_final.pth" for name in names]
+        return names
 
     # ------------------------------------------------------------------ loading and accounting
 
     def _load(self, file: Path, route: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(file)
-        num_label_channels = len(self.label_manager.foreground_labels) if self.is_cascaded else 0
         try:
+            checkpoint = read_checkpoint(file)
             report = transfer_weights(
-                network_weights(checkpoint, file), self.bare_network, self.recipe.transfer, num_label_channels
+                network_weights(checkpoint, file),
+                self.bare_network,
+                self.recipe.transfer,
+                num_label_channels=self.num_label_channels,
+                num_source_label_channels=checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0),
             )
         except MisfmError as error:
-            raise MisfmError(f"{file} (by {route}): {error}") from error
+            raise MisfmError(f"pretrained weights {file} (by {route}): {error}") from error
         self.print_to_log_file(f"Pretrained weights: {file}, by {route}: {report.summary()}")
         for name, how in report.adapted.items():
             self.print_to_log_file(f"  adapted {name}: {how}")
@@ -130,7 +140,8 @@ class FinetuneTrainer(MisfmTrainer):
     def _account_of_flag(self) -> dict[str, Any]:
         """Returns the account of what nnU-Net's own `-pretrained_weights` loaded (all but the heads, or it fails)."""
         parser = argparse.ArgumentParser(add_help=False)
-        parser.add_argument("-pretrained_weights")
+        parser.add_argument("-pretrained_weights", nargs="?")
+        parser.add_argument("-p", nargs="?")  # nnU-Net's own; else it would pass for an abbreviation
         file = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
         names = self.bare_network.state_dict()
         account = {

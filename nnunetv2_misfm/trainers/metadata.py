@@ -35,6 +35,7 @@ def data_fingerprint(trainer: "MisfmTrainer") -> dict[str, Any]:
 def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:
     """Returns `misfm_meta`: method, recipe, network (enough to rebuild it), data, versions, citations.
 
+    `network.label_channels` of the input channels, the last ones, hold labels of a cascade's previous stage.
     `network.kwargs` together with `input_channels`, `num_classes` and `deep_supervision` are the arguments of
     `network.class`; the values listed in `network.kwargs_to_import` are dotted paths themselves.
     """
@@ -47,7 +48,12 @@ def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:
         {
             "method": trainer.method.method if trainer.method else "supervised",
             "recipe": recipe,
-            "network": {**description, "input_channels": trainer.num_input_channels, "num_classes": heads},
+            "network": {
+                **description,
+                "input_channels": trainer.num_input_channels,
+                "label_channels": trainer.num_label_channels,
+                "num_classes": heads,
+            },
             "patch_size": list(trainer.configuration_manager.patch_size),
             "batch_size": trainer.configuration_manager.batch_size,
             "data": trainer.data_fingerprint,

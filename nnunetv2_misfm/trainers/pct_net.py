@@ -16,9 +16,9 @@ from nnunetv2_misfm.trainers.recipe import Recipe
 
 # The released network's channels (MIS-FM's configuration files)
 FEATURES_PER_STAGE = (24, 48, 128, 256, 512)
-# Channels of an attention head at every level of the released network (mis-fm.md 3.2); narrower networks get fewer heads
+# Channels of an attention head at every level of the released network; narrower networks get fewer heads
 CHANNELS_PER_HEAD = 32
-# Weights of the four heads before they are normalised, finest first (PyMIC's deep supervision, mis-fm.md 3.4)
+# Weights of the four heads before they are normalised, finest first (the authors' PyMIC, DeepSuperviseLoss)
 HEAD_WEIGHTS = (1.0, 1 / 2, 1 / 4, 1 / 8)
 
 
@@ -31,6 +31,12 @@ def pct_net_strides(plan_strides: list[list[int]]) -> list[list[int]]:
     shallow = [[int(s) for s in stride] for stride in plan_strides[1:3]]
     shallow += [[2, 2, 2]] * (2 - len(shallow))
     return [[1, 1, 1], *shallow, [2, 2, 2], [2, 2, 2]]
+
+
+def num_heads(channels: int) -> int:
+    """Returns the most attention heads of at least 32 channels each that divide the channels (one for fewer)."""
+    most = max(1, channels // CHANNELS_PER_HEAD)
+    return max(heads for heads in range(1, most + 1) if channels % heads == 0)
 
 
 class nnUNetTrainerPCTNet(MisfmTrainer):  # noqa: N801 - nnU-Net's convention for trainers
@@ -70,7 +76,7 @@ class nnUNetTrainerPCTNet(MisfmTrainer):  # noqa: N801 - nnU-Net's convention fo
             "kwargs": {
                 "features_per_stage": list(features),
                 "strides": pct_net_strides(configuration_manager.pool_op_kernel_sizes),
-                "num_heads": [max(1, channels // CHANNELS_PER_HEAD) for channels in features[TRANSFORMER_LEVELS[0] :]],
+                "num_heads": [num_heads(channels) for channels in features[TRANSFORMER_LEVELS[0] :]],
             },
             "kwargs_to_import": [],
         }
@@ -85,13 +91,13 @@ class nnUNetTrainerPCTNet(MisfmTrainer):  # noqa: N801 - nnU-Net's convention fo
         Raises:
             MisfmError: A batch has a single value per channel at the deepest level.
         """
-        super().initialize()
-        deepest = self._grid_sizes()[-1]
-        if self.batch_size * deepest[0] * deepest[1] * deepest[2] < 2:
+        deepest, batch_size = self._grid_sizes()[-1], self.configuration_manager.batch_size
+        if batch_size * deepest[0] * deepest[1] * deepest[2] < 2:
             raise MisfmError(
                 f"{type(self).__name__} expected more than one value per channel at its deepest level, got batch size "
-                f"{self.batch_size} and patch {list(self.configuration_manager.patch_size)}; raise either."
+                f"{batch_size} and patch {list(self.configuration_manager.patch_size)}; raise either."
             )
+        super().initialize()
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Returns the four heads' sizes as shares of the patch, instead of one per stage of the plans."""

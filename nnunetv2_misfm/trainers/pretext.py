@@ -3,7 +3,9 @@
 A method is one file: a `MethodRecipe`, a pure function that makes (input, target) from volumes, and a subclass of
 `PretextTrainer` that names both. Hooks of nnU-Net that are replaced here: `get_dataloaders` (no labels, validation
 with fixed seeds), `train_step` / `validation_step` (pose the task, then nnU-Net's own step),
-`perform_actual_validation` (nothing to predict), the label manager (the task's own classes).
+`on_validation_epoch_start` (the same validation every epoch), `build_network_architecture` (the task's outputs),
+`perform_actual_validation` (nothing to predict), and in the constructor the batch size and the label manager (the
+task's own classes).
 """
 
 from typing import Any, ClassVar
@@ -23,11 +25,11 @@ from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe
 from nnunetv2_misfm.trainers.unlabelled_loader import UnlabelledLoader
 
-# MIS-FM's pretraining (mis-fm.md, section 2); a configuration that names its own batch_size wins
+# MIS-FM's pretraining (arXiv:2306.16925); a configuration that names its own batch_size wins
 BATCH_SIZE = 4
 # Every epoch validates on the crops and tasks of this seed, so that curves compare (ours)
 VALIDATION_SEED = 20230630
-# A task that mixes volumes needs two (Volume Fusion never fuses a volume with itself)
+# A task that mixes volumes needs two cases
 MINIMUM_CASES = 2
 
 
@@ -55,8 +57,13 @@ class PretextTrainer(MisfmTrainer):
         if "batch_size" not in self._keys_named_by_user(configuration):
             self.configuration_manager.configuration["batch_size"] = BATCH_SIZE  # this run's own resolved copy
         self.label_manager = self.task_label_manager(self.plans_manager, self.method_recipe)
-        self.task_generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        self.task_generator = torch.Generator()
         self.validation_generator = torch.Generator()
+
+    def seed_everything(self) -> None:
+        """Seeds as usual; the task's generator follows PyTorch's seed."""
+        super().seed_everything()
+        self.task_generator.manual_seed(torch.initial_seed() % 2**63)
 
     def _keys_named_by_user(self, configuration: str) -> set[str]:
         """Returns the keys that named configurations (those that inherit) set themselves, up to the planned one."""

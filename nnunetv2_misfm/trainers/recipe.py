@@ -7,6 +7,8 @@ this package share; a method adds a `MethodRecipe` of its own, read from the sub
                       "misfm": {"num_epochs": 400, "volume_fusion": {"num_levels": 8, "initial_lr": 3e-4}}}
 """
 
+import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import NoneType, UnionType
@@ -52,8 +54,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
-            require(getattr(self, key) > 0, key, "a number above 0", getattr(self, key))
-        require(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
+            require(0 < getattr(self, key) < math.inf, key, "a number above 0", getattr(self, key))
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number of at least 0", self.weight_decay)
+        require(self.seed is None or 0 <= self.seed < 2**31, "seed", "from 0 to 2147483647", self.seed)
         widths = self.features_per_stage
         require(
             widths is None or (len(widths) > 0 and min(widths) > 0),
@@ -98,6 +101,7 @@ def read_recipes(
         block = {}
     if not isinstance(block, Mapping):
         raise MisfmError(f"misfm block: expected a dictionary of keys, got {block!r}; correct it in the plans file.")
+    importlib.import_module("nnunetv2_misfm.trainers.discovery.nnunetv2_misfm_trainers")  # defines all methods
     methods = {m.method: m for m in MethodRecipe.__subclasses__()}
     sub_blocks = {k: v for k, v in block.items() if isinstance(v, Mapping) or k in methods}
     unknown = [k for k in sub_blocks if k not in methods]

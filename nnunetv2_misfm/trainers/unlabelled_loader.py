@@ -15,13 +15,14 @@ MAX_AIR_SHARE = 0.9
 MAX_DRAWS = 10
 # Crops that estimate the dataset's percentiles (ours)
 NUM_PROBES = 16
+PROBE_STEP = 4
 
 
 class UnlabelledLoader(nnUNetDataLoader):
     """nnU-Net's loader without labels.
 
     A batch holds `data` float32 [B, C, D, H, W] and `keys` (the cases' names). Cases are drawn without replacement
-    within a batch; a batch larger than the dataset starts over with a fresh shuffle. Crops are uniform and those of
+    within a batch; a batch larger than the dataset repeats its order. Crops are uniform and those of
     mostly air are drawn again; where the dataset's labels are declared a body mask, crops are centred on the body.
 
     Args:
@@ -32,8 +33,9 @@ class UnlabelledLoader(nnUNetDataLoader):
     def __init__(self, *, in_body: bool, **loader: Any) -> None:
         super().__init__(**loader)
         self.in_body = in_body
-        self.restart(np.random.randint(2**31))
+        self.restart(0)  # the same probes in every run, so that validation compares between runs
         self.air_threshold = None if in_body else self._estimate_air_threshold()
+        self.restart(np.random.randint(2**31))
 
     def set_thread_id(self, thread_id: int) -> None:
         """Gives a data worker its own random stream; the worker's NumPy was seeded just before."""
@@ -54,10 +56,8 @@ class UnlabelledLoader(nnUNetDataLoader):
         return {"data": torch.stack(crops), "keys": keys}
 
     def _draw_keys(self) -> list[str]:
-        keys: list[str] = []
-        while len(keys) < self.batch_size:
-            keys.extend(self.generator.permutation(self.indices).tolist())
-        return keys[: self.batch_size]
+        order = self.generator.permutation(self.indices).tolist()
+        return [order[i % len(order)] for i in range(self.batch_size)]
 
     def _draw_crop(self, key: str) -> np.ndarray:
         """Returns a crop [C, D, H, W] of the loader's (initial) patch size, zero-padded where the volume ends."""
@@ -84,13 +84,14 @@ class UnlabelledLoader(nnUNetDataLoader):
     def _is_mostly_air(self, crop: np.ndarray) -> bool:
         assert self.air_threshold is not None
         threshold = self.air_threshold.reshape(-1, *[1] * (crop.ndim - 1))
-        return float((crop < threshold).all(axis=0).mean()) > MAX_AIR_SHARE
+        # exactly 0: outside the mask of nnU-Net's masked normalisation, or padding
+        return float(((crop < threshold) | (crop == 0)).all(axis=0).mean()) > MAX_AIR_SHARE
 
     def _estimate_air_threshold(self) -> np.ndarray:
         """Returns the intensity of each channel [C] under which a voxel counts as air."""
         self.air_threshold = None
         keys = self.generator.choice(self.indices, NUM_PROBES)
-        crops = [self._draw_crop(key) for key in keys]
+        crops = [self._draw_crop(key)[:, ::PROBE_STEP, ::PROBE_STEP, ::PROBE_STEP] for key in keys]
         pooled = np.concatenate([crop.reshape(crop.shape[0], -1) for crop in crops], axis=1)
         low, high = np.percentile(pooled, (1, 99), axis=1)
         return low + AIR_LEVEL * (high - low)

@@ -199,7 +199,7 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         return make_task(batch["data"], self.method_recipe, generator, batch.get("foreground"))
 
     def _build_loss(self) -> nn.Module:
-        """Returns nnU-Net's Dice + cross-entropy, the Dice over the whole batch and with class 0 (mis-fm.md, 3.4)."""
+        """Returns nnU-Net's Dice + cross-entropy, the Dice over the whole batch and with class 0 (as PyMIC)."""
         loss = super()._build_loss()
         dice = (loss.loss if self.enable_deep_supervision else loss).dc
         dice = getattr(dice, "_orig_mod", dice)
@@ -232,7 +232,8 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         while list(batch["keys"]) == list(previous["keys"]):
             batch = next(loader)
         self._previous[phase] = batch
-        return {**batch, "foreground": previous["data"].to(self.device, non_blocking=True)}
+        both = [*batch["keys"], *previous["keys"]]  # named if the loss is not finite
+        return {**batch, "foreground": previous["data"].to(self.device, non_blocking=True), "keys": both}
 
 
 class nnUNetTrainerPCTNetVFPretrain(nnUNetTrainerVFPretrain, nnUNetTrainerPCTNet):  # noqa: N801

@@ -60,6 +60,7 @@ def transfer_weights(
     network: nn.Module,
     transfer: Literal["all", "encoder"] = "all",
     num_label_channels: int = 0,
+    num_source_label_channels: int = 0,
 ) -> TransferReport:
     """Copies pretrained tensors into `network` in place and returns the account.
 
@@ -68,7 +69,8 @@ def transfer_weights(
         network: Bare network (no DDP or compile wrapper).
         transfer: `encoder` takes only the network's part of that name.
         num_label_channels: Trailing input channels of `network` that hold the labels of a cascade's previous stage:
-            the first convolution's weights for them start at zero.
+            the first convolution's weights for them start at zero, unless the file's network had the same.
+        num_source_label_channels: The same of the pretrained network; they never pass for images.
 
     Raises:
         MisfmError: Less than half of the parameters in question could be moved; the network is left as it was.
@@ -94,7 +96,8 @@ def transfer_weights(
         if origin not in source:
             report.fresh[name] = "not in the file"
             continue
-        value, how = _fit(source[origin], target, name, name == stem, name in transposed, num_label_channels)
+        labels = (num_source_label_channels, num_label_channels)
+        value, how = _fit(source[origin], target, name, labels if name == stem else None, name in transposed)
         if value is None:
             report.fresh[name] = how
             continue
@@ -142,22 +145,21 @@ def _of_same_level(name: str, deeper: int) -> str:
 
 
 def _fit(
-    value: torch.Tensor,
-    target: torch.Tensor,
-    name: str,
-    stem: bool,
-    transposed: bool,
-    num_label_channels: int,
+    value: torch.Tensor, target: torch.Tensor, name: str, stem: tuple[int, int] | None, transposed: bool
 ) -> tuple[torch.Tensor | None, str]:
-    """Returns the tensor in the target's shape and how it was adapted ("" = as it is), or None and why not."""
+    """Returns the tensor in the target's shape and how it was adapted ("" = as it is), or None and why not.
+
+    `stem` is for the first convolution alone: the label channels among the file's and the network's input channels.
+    """
     given, shape = tuple(value.shape), tuple(target.shape)
     steps = []
     if value.ndim == target.ndim == 5:
         if value.shape[2:] != target.shape[2:]:
             value = _resize_kernel(value, target.shape[2:], transposed)
             steps.append("kernel resized")
-        if stem and value.shape[0] == target.shape[0] and (value.shape[1] != target.shape[1] or num_label_channels):
-            value = _resize_input_channels(value, target.shape[1], num_label_channels)
+        if stem and value.shape[0] == target.shape[0] and (value.shape[1] != target.shape[1] or stem[0] != stem[1]):
+            images = value[:, : value.shape[1] - stem[0]]
+            value = _resize_input_channels(images, target.shape[1], stem[1])
             steps.append("input channels adapted")
     elif name.endswith(_POSITION_TABLE) and value.shape[1:] == target.shape[1:] and value.shape != target.shape:
         value = _resize_position_table(value, target.shape[0])

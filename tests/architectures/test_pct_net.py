@@ -91,7 +91,12 @@ def test_without_deep_supervision_the_output_is_head_zero() -> None:
 @pytest.mark.parametrize(
     ("mode", "total", "never_used", "full_tables"),
     [
-        (0, 45_257_938, 1_024_100, 31_616),  # mis-fm.md 3.5; two (1331 - 343) x 16 tables more at level 4
+        (
+            0,
+            45_257_938,
+            1_024_100,
+            31_616,
+        ),  # measured on the official code; two (1331 - 343) x 16 tables more at level 4
         (1, 45_289_554, 1_091_348, 0),
         (2, 45_289_554, 1_385_492, 0),
     ],

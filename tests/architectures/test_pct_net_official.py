@@ -16,7 +16,7 @@ STRIDES = {
     1: [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
     2: [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
 }
-# Numbered members of the released nn.Sequential containers (mis-fm.md 3.6).
+# Numbered members of the released nn.Sequential containers.
 CONV_BLOCK = {
     "0": "norm_act1.norm",
     "1": "norm_act1.act",

@@ -88,7 +88,7 @@ class Rank:
             volumes = {name: batch[name] for name in ("data", "foreground") if name in batch}
             digests = {name: tensors_sha256({"volumes": volume}) for name, volume in volumes.items()}
             levels = tensors_sha256({"levels": posed["target"][0]})
-            self.account["tasks"].append({**digests, "levels": levels, "keys": list(batch["keys"]), "phase": phase})
+            self.account["tasks"].append({**digests, "levels": levels, "case": batch["keys"][0], "phase": phase})
             return posed
 
         nnUNetTrainer.on_train_start, nnUNetTrainer.on_epoch_end = on_train_start, on_epoch_end
@@ -104,7 +104,7 @@ class Rank:
         while True:
             if given is None:
                 batch = next(loader)
-                self.account["drawn"].append([tensors_sha256({"volumes": batch["data"]}), list(batch["keys"])])
+                self.account["drawn"].append([tensors_sha256({"volumes": batch["data"]}), batch["keys"][0]])
             else:
                 whole = given[step % len(given)]
                 size = len(whole["keys"]) // self.world_size

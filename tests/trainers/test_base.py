@@ -38,8 +38,10 @@ def set_epoch(file: Path, epoch: int) -> None:
 def test_checkpoint_is_plain_and_says_what_it_is(workspace: Workspace, name: str) -> None:
     trainer, folder = trained(workspace)
     checkpoint = torch.load(folder / name, weights_only=True)
-    stock = {"network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
-             "trainer_name", "inference_allowed_mirroring_axes"}  # fmt: skip
+    stock = {
+        *("network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch"),
+        *("init_args", "trainer_name", "inference_allowed_mirroring_axes"),
+    }
     assert set(checkpoint) == stock | {"misfm_meta"}
     assert checkpoint["trainer_name"] == "nnUNetTrainerVFPretrain"
     meta = checkpoint["misfm_meta"]
@@ -83,7 +85,9 @@ def test_write_that_fails_leaves_the_former_checkpoint(workspace: Workspace, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(MisfmError, match="checkpoint_final.pth could not be written .*No space left.*former checkpoint"):
+    with pytest.raises(
+        MisfmError, match="checkpoint_final.pth could not be written .*No space left.*former checkpoint"
+    ):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
     assert not list(folder.glob("*.tmp"))
@@ -113,7 +117,7 @@ def test_unreadable_checkpoint_fails_with_a_sentence_where_nothing_may_stand_in(
     validating = workspace.trainer(nnUNetTrainerVFPretrain)  # --val: not continuing
     with pytest.raises(MisfmError, match="checkpoint_final.pth is truncated or no PyTorch checkpoint"):
         validating.load_checkpoint(str(folder / "checkpoint_final.pth"))
-    damage(folder / "checkpoint_best.pth")
+    torch.save({"network_weights": {}}, folder / "checkpoint_best.pth")  # readable, but nothing to go on from
     continuing = workspace.trainer(nnUNetTrainerVFPretrain, continue_training=True)
     with pytest.raises(MisfmError, match="No other checkpoint in .* can be read either"):
         continuing.load_checkpoint(str(folder / "checkpoint_final.pth"))

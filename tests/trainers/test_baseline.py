@@ -29,7 +29,13 @@ def test_losses_are_stock_nnunets_at_the_same_seed(workspace: Workspace) -> None
 
 
 def test_all_other_keys_of_the_block_are_left_alone(workspace: Workspace) -> None:
-    block = {"initial_lr": 5.0, "weight_decay": 5.0, "optimizer": "adam", "augmentation": "flips", "transfer": "encoder"}
+    block = {
+        "initial_lr": 5.0,
+        "weight_decay": 5.0,
+        "optimizer": "adam",
+        "augmentation": "flips",
+        "transfer": "encoder",
+    }
     trainer = workspace.trainer(nnUNetTrainerBaseline, {**block, "volume_fusion": {"num_epochs": 99}})
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.recipe.seed) == (1, 2, 7)
     trainer.on_train_start()

@@ -15,7 +15,9 @@ def trainers_of_the_package() -> dict[str, type]:
     found = {}
     for module in pkgutil.iter_modules(nnunetv2_misfm.trainers.__path__):
         members = vars(importlib.import_module(f"nnunetv2_misfm.trainers.{module.name}"))
-        found.update({name: m for name, m in members.items() if inspect.isclass(m) and name.startswith("nnUNetTrainer")})
+        found.update(
+            {name: m for name, m in members.items() if inspect.isclass(m) and name.startswith("nnUNetTrainer")}
+        )
     del found["nnUNetTrainer"]
     return found
 

@@ -213,11 +213,11 @@ def test_ranks_pretrain_on_tasks_of_their_own(runs: Runs, scenario: str) -> None
 
 def test_batch_of_one_per_rank_is_fused_with_the_case_before(runs: Runs) -> None:
     for account in runs.accounts("pretrain_pct"):
-        foreground, keys = account["drawn"][0]
+        foreground, case = account["drawn"][0]
         training = [task for task in account["tasks"] if task["phase"] == "training"]
         for task in training:
-            assert task["foreground"] == foreground and task["keys"] != keys
-            foreground, keys = task["data"], task["keys"]
+            assert task["foreground"] == foreground and task["case"] != case
+            foreground, case = task["data"], task["case"]
         assert {task["data"] for task in training} < {digest for digest, _ in account["drawn"]}
 
 

@@ -83,6 +83,14 @@ def test_without_weights_it_stops_and_names_the_four_routes(workspace: Workspace
         trainer.on_train_start()
 
 
+def test_a_cascade_is_told_to_pretrain_its_single_stage(workspace: Workspace) -> None:
+    plans = toy_plans()
+    plans["configurations"]["cascade"] = {"inherits_from": "quick", "previous_stage": "3d_lowres"}
+    trainer = workspace.trainer(nnUNetTrainerVF, plans=plans, configuration="cascade")
+    with pytest.raises(MisfmError, match="nnUNetv2_train Dataset555_Toy quick all -tr nnUNetTrainerVFPretrain"):
+        trainer.find_weights()
+
+
 def test_plans_win_over_the_variable_and_the_variable_over_a_finished_run(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -112,14 +120,20 @@ def test_nnunets_flag_is_recognised_and_nothing_else_is_loaded(
     shutil.copy(pretrained(workspace, pretrain), by_flag)
     shutil.copy(pretrained(workspace, pretrain, block={"seed": 11}), by_variable)
     monkeypatch.setenv("nnUNet_misfm_weights", str(by_variable))
-    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "555", "quick", "0", "-pretrained_weights", str(by_flag)])
+    monkeypatch.setattr(
+        "sys.argv", ["nnUNetv2_train", "555", "quick", "0", "-pretrained_weights", str(by_flag), "-p", "p"]
+    )
     trainer = workspace.trainer(finetune)
     trainer.initialize()  # the two lines of nnU-Net's maybe_load_checkpoint
     load_pretrained_weights(trainer.network, str(by_flag))
     trainer.on_train_start()
     assert_starts_from(trainer, by_flag)
     found = account(trainer)
-    assert (found["route"], found["file"], found["sha256"]) == ("-pretrained_weights", str(by_flag), file_sha256(by_flag))
+    assert (found["route"], found["file"], found["sha256"]) == (
+        "-pretrained_weights",
+        str(by_flag),
+        file_sha256(by_flag),
+    )
     trainer.save_checkpoint(str(tmp_path / "saved.pth"))
     meta = torch.load(tmp_path / "saved.pth", weights_only=True)["misfm_meta"]
     assert meta["pretrained_weights"] == found

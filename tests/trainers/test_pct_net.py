@@ -8,7 +8,7 @@ from toy import toy_architecture, toy_dataset_json
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, pct_net_strides
+from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, num_heads, pct_net_strides
 
 
 def plan_strides(num_stages: int, *shallow: tuple[int, int, int]) -> list[list[int]]:
@@ -103,6 +103,11 @@ def test_defaults_are_the_released_widths_and_adam(workspace: Workspace) -> None
     assert (recipe.optimizer, recipe.initial_lr, recipe.weight_decay, recipe.lr_schedule, recipe.augmentation) == (
         "adam", 1e-3, 1e-5, "poly", "nnunet",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(128, 4), (512, 16), (100, 2), (16, 1), (33, 1), (200, 5)])
+def test_heads_have_at_least_32_channels_and_divide(channels: int, heads: int) -> None:
+    assert num_heads(channels) == heads
 
 
 def test_batch_norm_without_a_second_value_is_refused(workspace: Workspace) -> None:

@@ -19,6 +19,7 @@ IGNORE = {"labels": {"background": 0, "organ": 1, "lesion": 2, "ignore": 3}}
 
 def recorded_losses(trainer: Any) -> list[float]:
     """Runs the whole training and returns every loss, training and validation, step by step."""
+    torch.seed()  # nothing that an earlier test left behind may help
     losses: list[float] = []
     for name in ("train_step", "validation_step"):
         step = getattr(trainer, name)
@@ -81,7 +82,8 @@ def test_validation_is_the_same_in_every_epoch(workspace: Workspace, kind: type)
 
     def validation() -> list[dict]:
         trainer.on_validation_epoch_start()
-        batches = [trainer._with_foreground(next(trainer.dataloader_val), trainer.dataloader_val, "validation")]
+        loader = trainer.dataloader_val
+        batches = [trainer._with_foreground(next(loader), loader, "validation") for _ in range(2)]
         return [trainer.pose_task(b, trainer.validation_generator) for b in batches]
 
     first, second = validation(), validation()
@@ -124,7 +126,9 @@ def test_targets_are_made_for_every_head(workspace: Workspace) -> None:
     outputs = trainer.network(posed["data"])
     assert [t.shape[2:] for t in posed["target"]] == [o.shape[2:] for o in outputs]
     assert posed["target"][3].shape[2:] == (2, 3, 2)  # 20 / 8 rounded up
-    assert torch.equal(posed["target"][1], posed["target"][0][:, :, 1::2, 1::2, 1::2])  # nearest-exact: the voxel's centre
+    assert torch.equal(
+        posed["target"][1], posed["target"][0][:, :, 1::2, 1::2, 1::2]
+    )  # nearest-exact: the voxel's centre
 
 
 def test_loss_counts_the_background_class_over_the_whole_batch(workspace: Workspace) -> None:
@@ -147,7 +151,9 @@ def test_loss_counts_the_background_class_over_the_whole_batch(workspace: Worksp
 def test_dataset_of_one_case_is_refused(make_workspace: Callable[..., Workspace]) -> None:
     workspace = make_workspace(num_cases=1)
     trainer = workspace.trainer(nnUNetTrainerVFPretrain, fold="all")
-    with pytest.raises(MisfmError, match="nnUNetTrainerVFPretrain expected at least 2 cases to train on, got 1 in fold all"):
+    with pytest.raises(
+        MisfmError, match="nnUNetTrainerVFPretrain expected at least 2 cases to train on, got 1 in fold all"
+    ):
         trainer.run_training()
 
 

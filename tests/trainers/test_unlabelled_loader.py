@@ -1,3 +1,4 @@
+import pickle
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,12 @@ class NoLabels:
 def loader(cases: Cases, batch_size: int = 2, patch: tuple[int, ...] = (4, 4, 4), in_body: bool = False) -> Any:
     np.random.seed(0)
     return UnlabelledLoader(
-        in_body=in_body, data=cases, batch_size=batch_size, patch_size=patch, final_patch_size=patch, label_manager=NoLabels()
+        in_body=in_body,
+        data=cases,
+        batch_size=batch_size,
+        patch_size=patch,
+        final_patch_size=patch,
+        label_manager=NoLabels(),
     )
 
 
@@ -101,6 +107,30 @@ def test_same_seed_same_batches() -> None:
     for batch in first:
         again = made.generate_train_batch()
         assert again["keys"] == batch["keys"] and (again["data"] == batch["data"]).all()
+
+
+def test_outside_of_a_mask_counts_as_air() -> None:
+    generator = np.random.default_rng(1)
+    volume = np.zeros((1, 60, 10, 10), np.float32)  # masked z-score: 0 outside, mean 0 inside
+    volume[:, :20] = generator.normal(0, 1, (1, 20, 10, 10))
+    made = loader(Cases({"a": volume}), batch_size=1, patch=(6, 6, 6))
+    assert np.mean([(made._draw_crop("a") == 0).all() for _ in range(200)]) < 0.05
+
+
+def test_two_cases_alternate_in_a_larger_batch() -> None:
+    made = loader(numbered(2), batch_size=4)
+    for _ in range(10):
+        keys = made.generate_train_batch()["keys"]
+        assert all(keys[i] != keys[i - 1] for i in range(4))  # the foreground is always the other case
+
+
+def test_data_workers_draw_different_batches() -> None:
+    copies = [pickle.loads(pickle.dumps(loader(numbered(8)))) for _ in range(2)]
+    for worker, copied in enumerate(copies):
+        np.random.seed(worker)  # as batchgenerators does in each worker
+        copied.set_thread_id(worker)
+    first, second = ([c.generate_train_batch()["keys"] for _ in range(5)] for c in copies)
+    assert first != second
 
 
 def test_pretext_trainers_share_the_rule_for_body_masks() -> None:

@@ -406,3 +406,17 @@ def test_table_that_is_no_cube_stays_fresh() -> None:
     report = transfer_weights(given, network)
     assert unchanged(network, before, TABLES)
     assert report.fresh[TABLES[0]] == "shape (28, 2) in the file, (27, 2) in the network"
+
+
+def test_labels_of_a_former_cascade_never_pass_for_images() -> None:
+    source = {"encoder.weight": torch.tensor([1.0, 100.0, 200.0]).reshape(1, 3, 1, 1, 1)}  # image, two labels
+
+    def moved(num_channels: int, num_labels: int) -> list[float]:
+        network = nn.ModuleDict({"encoder": nn.Conv3d(num_channels, 1, 1, bias=False)})
+        transfer_weights(source, network, num_label_channels=num_labels, num_source_label_channels=2)
+        return network["encoder"].weight.flatten().tolist()
+
+    assert moved(3, 2) == [1.0, 100.0, 200.0]  # the same cascade
+    assert moved(1, 0) == [1.0]
+    assert moved(2, 1) == [1.0, 0.0]
+    assert moved(4, 2) == [0.5, 0.5, 0.0, 0.0]  # two image channels
