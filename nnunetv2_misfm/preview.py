@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from matplotlib import colormaps, patheffects
+from matplotlib import colormaps, patheffects, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm
@@ -92,11 +92,11 @@ def preview(
     _, recipe = nnUNetTrainerVFPretrain.read_recipes(resolved)
     assert isinstance(recipe, VolumeFusionRecipe)
     samples = _draw_samples(manager, resolved, recipe, plans_file.parent, max(2, num_samples), seed)
-    figure = draw(samples[:num_samples], recipe.num_levels)
     output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, format="png")
+        with style.context("default"):  # nnU-Net's progress plot leaves huge fonts behind in its process
+            draw(samples[:num_samples], recipe.num_levels).savefig(output, format="png")
     except OSError as error:
         raise MisfmError(f"{output} could not be written ({error}): choose another file.") from error
     return output
