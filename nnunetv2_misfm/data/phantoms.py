@@ -2,8 +2,8 @@
 
 A phantom is a trunk of a newborn's size (girth about 0.27 m), so that plausible spacings give small arrays.
 Its organs are ellipsoids and elliptic cylinders, jittered in place, size and density. Densities are those of the
-portal venous phase, in which several structures share their range of Hounsfield units: kidneys, spine and
-blood; liver and spleen. So no organ can be told from the rest by intensity alone.
+portal venous phase, in which some structures share their range of Hounsfield units: kidneys and blood, liver and
+spleen. So these organs cannot be told from the rest by intensity alone.
 """
 
 import json
@@ -34,9 +34,10 @@ IN_PLANE_SPACING_MM = (1.5, 2.2)
 AIR_HU = -1000.0  # by definition of the Hounsfield scale
 # Range of the mean density of a tissue in HU. Unenhanced values: Buzug, Computed Tomography, Springer 2008, p. 475,
 # as tabulated by radclass.mudr.org (fat, lung; liver 45-65, kidney 20-40, blood 45-65), and radgray.com (spongy bone
-# 50-200). Added for contrast medium: liver 50 to 60 (J. Pers. Med. 2021, 11, 1255: 50 is adequate; the spleen then
-# hardly differs, Kreul et al., In Vivo 2021, 35, 3277), kidney 145 to 165 (medulla 145 and cortex less than 30 above
-# it, Eur. J. Radiol. 2007, 63, 420); blood 100 to 120 and muscle and bowel 20: ours.
+# 50-200, compact bone 250-1000; a vertebra has both, ours lies between). Added for contrast medium: liver 50 to 60
+# (J. Pers. Med. 2021, 11, 1255: 50 is adequate; the spleen then hardly differs, Kreul et al., In Vivo 2021, 35, 3277),
+# kidney 145 to 165 (medulla 145 and cortex less than 30 above it, Eur. J. Radiol. 2007, 63, 420); blood 100 to 120,
+# muscle and bowel 20: ours.
 TISSUE_HU = {
     "fat": (-100.0, -50.0),
     "muscle": (30.0, 60.0),
@@ -46,7 +47,7 @@ TISSUE_HU = {
     "liver": (95.0, 125.0),
     "spleen": (95.0, 125.0),
     "kidneys": (165.0, 205.0),
-    "spine": (150.0, 200.0),
+    "spine": (240.0, 320.0),
 }
 NOISE_HU = 15.0  # standard deviation of the white Gaussian noise: ours, of the order of a body scan's
 SUBVOXELS = 2  # per axis: a voxel's density is the mean of 2 x 2 x 2 points, its partial volume

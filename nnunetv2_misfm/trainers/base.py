@@ -12,6 +12,7 @@ import io
 import os
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -272,7 +273,16 @@ class MisfmTrainer(nnUNetTrainer):
         """Starts as nnU-Net does, and notes what the run is made of."""
         if self.was_resumed:
             self.seed_everything()  # not the crops of epoch 0 once more
-        super().on_train_start()
+        if self.is_ddp:  # nnU-Net lets all ranks write a new splits_final.json at once
+            if self.local_rank == 0:
+                self.do_split()
+            dist.barrier()
+        folder = self.output_folder_base
+        with TemporaryDirectory() as elsewhere:  # nnU-Net lets every rank write plans.json and its companions
+            if self.local_rank != 0:
+                self.output_folder_base = elsewhere
+            super().on_train_start()
+        self.output_folder_base = folder
         self._may_fall_back = False
         self.data_fingerprint = data_fingerprint(self)
         self.print_to_log_file(f"Recipe: {self.recipe}" + (f" {self.method_recipe}" if self.method_recipe else ""))

@@ -71,7 +71,7 @@ def test_without_noise_air_and_organs_have_their_published_density(monkeypatch: 
     phantom = make_phantom(rng(1), spacing_mm=(1.0, 1.0, 1.0))
     assert (phantom.image[:, 0, 0] == -1000).all()
     liver, kidney, spine = (np.median(phantom.image[phantom.labels == label]) for label in (1, 2, 3))
-    assert 95 <= liver <= 125 and 165 <= kidney <= 205 and 150 <= spine <= 200
+    assert 95 <= liver <= 125 and 165 <= kidney <= 205 and 240 <= spine <= 320
     skin = phantom.body & ~np.roll(phantom.body, 1, axis=2)
     assert ((phantom.image[skin] > -1000) & (phantom.image[skin] < -49)).all()
 
@@ -83,7 +83,7 @@ def test_noise_is_white_and_has_the_stated_deviation():
     assert (quartiles[1] - quartiles[0]) / 1.349 == pytest.approx(15, rel=0.1)
 
 
-@pytest.mark.parametrize(("organ", "other"), [("liver", "spleen"), ("kidneys", "spine"), ("spine", "blood")])
+@pytest.mark.parametrize(("organ", "other"), [("liver", "spleen"), ("kidneys", "blood")])
 def test_no_threshold_between_two_tissues_serves_all_cases(organ: str, other: str):
     organ_is_denser = set()
     for seed in range(12):
