@@ -58,6 +58,7 @@ class MisfmTrainer(nnUNetTrainer):
     """
 
     is_ddp: bool
+    output_folder_base: str
     grad_scaler: Any
     network: Any
     recipe_defaults: ClassVar[Recipe] = Recipe()

@@ -56,16 +56,18 @@ class FinetuneTrainer(MisfmTrainer):
         Raises:
             MisfmError: No weights found, or weights that do not fit; before the first epoch.
         """
-        if self.was_resumed:
-            pass  # the checkpoint holds all weights and the account of where they came from
-        elif self.was_initialized and self._body_sha256() != self._initial_weights:
-            self._report(self._account_of_flag())
-        else:
-            file, route = self.find_weights()  # before the network is built: fails early
-            if not self.was_initialized:
-                self.initialize()
-            self._report(self._load(file, route))
+        if not self.was_resumed:  # else the checkpoint held all weights and the account of where they came from
+            self._report(self._take_weights())
         super().on_train_start()
+
+    def _take_weights(self) -> dict[str, Any]:
+        """Loads pretrained weights unless nnU-Net's flag already did, and returns the account."""
+        if self.was_initialized and self._body_sha256() != self._initial_weights:
+            return self._account_of_flag()
+        file, route = self.find_weights()  # before the network is built: fails early
+        if not self.was_initialized:
+            self.initialize()
+        return self._load(file, route)
 
     # ------------------------------------------------------------------ the routes
 
