@@ -163,7 +163,7 @@ def demo_environment(output: Path, device: str) -> dict[str, str]:
     Folders in `output`; our trainers behind those of the user; no compilation, which costs more than so short a run
     can save; one process where nnU-Net would start eight, each of which loads PyTorch; on the CPU no data workers,
     which also makes runs repeat exactly. The malloc variables (glibc, read when a process starts) keep freed memory
-    instead of handing it back after every tensor: about half the time on a CPU. Threads that wait sleep: where other
+    instead of handing it back after every tensor: less system time. Threads that wait sleep: where other
     programs want the cores too, spinning ones made a training step seven times slower.
 
     Args:

@@ -161,6 +161,14 @@ class MisfmTrainer(nnUNetTrainer):
             deep_supervision=enable_deep_supervision,
         )
 
+    def lineage(self) -> list[str]:
+        """Returns this configuration and those that it inherits from, the planned one last."""
+        configurations = self.plans_manager.plans["configurations"]
+        names = [self.configuration_name]
+        while "inherits_from" in configurations[names[-1]]:
+            names.append(configurations[names[-1]]["inherits_from"])
+        return names
+
     @property
     def num_label_channels(self) -> int:
         """Number of trailing input channels that hold the previous stage's labels (0 but for a cascade)."""

@@ -93,7 +93,7 @@ class FinetuneTrainer(MisfmTrainer):
                 return found[0], f"a finished run of {self.pretrain_trainer} on this dataset"
         dataset, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
         single_stage = next(
-            name for name in self._lineage() if self.plans_manager.get_configuration(name).previous_stage_name is None
+            name for name in self.lineage() if self.plans_manager.get_configuration(name).previous_stage_name is None
         )
         looked_in = self._pretraining_results("all")[0].parent.parent
         raise MisfmError(
@@ -108,15 +108,7 @@ class FinetuneTrainer(MisfmTrainer):
         """Returns where runs on this configuration, and on those that it inherits from, keep their final weights."""
         dataset = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
         run = f"{self.pretrain_trainer}__{self.plans_manager.plans_name}"
-        return [dataset / f"{run}__{name}" / f"fold_{fold}" / "checkpoint_final.pth" for name in self._lineage()]
-
-    def _lineage(self) -> list[str]:
-        """Returns this configuration and those that it inherits from, the planned one last."""
-        configurations = self.plans_manager.plans["configurations"]
-        names = [self.configuration_name]
-        while "inherits_from" in configurations[names[-1]]:
-            names.append(configurations[names[-1]]["inherits_from"])
-        return names
+        return [dataset / f"{run}__{name}" / f"fold_{fold}" / "checkpoint_final.pth" for name in self.lineage()]
 
     # ------------------------------------------------------------------ loading and accounting
 

@@ -54,7 +54,8 @@ class PretextTrainer(MisfmTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net reads this very signature
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if "batch_size" not in self._keys_named_by_user(configuration):
+        entries = self.plans_manager.plans["configurations"]
+        if not any("batch_size" in entries[name] for name in self.lineage()[:-1]):  # the last one is nnU-Net's plan
             self.configuration_manager.configuration["batch_size"] = BATCH_SIZE  # this run's own resolved copy
         self.label_manager = self.task_label_manager(self.plans_manager, self.method_recipe)
         self.task_generator = torch.Generator()
@@ -64,15 +65,6 @@ class PretextTrainer(MisfmTrainer):
         """Seeds as usual; the task's generator follows PyTorch's seed."""
         super().seed_everything()
         self.task_generator.manual_seed(torch.initial_seed() % 2**63)
-
-    def _keys_named_by_user(self, configuration: str) -> set[str]:
-        """Returns the keys that named configurations (those that inherit) set themselves, up to the planned one."""
-        keys: set[str] = set()
-        entry = self.plans_manager.plans["configurations"][configuration]
-        while "inherits_from" in entry:
-            keys |= entry.keys()
-            entry = self.plans_manager.plans["configurations"][entry["inherits_from"]]
-        return keys
 
     @classmethod
     def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
