@@ -30,51 +30,12 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures.window_attention import Size3, SwinLayer, WindowShrink
+from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.window_attention import SwinLayer, WindowShrink
 
 NUM_LEVELS = 5
 # Levels with a transformer branch; levels 0 and 1 are convolutions alone (released code, net/pct_net.py).
 TRANSFORMER_LEVELS = (2, 3, 4)
-
-
-def as_size3(values: Sequence[int]) -> Size3:
-    """Three integers as a tuple.
-
-    Raises:
-        ValueError: there are not three.
-    """
-    if len(values) != 3:
-        raise ValueError(f"PCT-Net is a 3D network: expected three values (D, H, W), got {tuple(values)}.")
-    return values[0], values[1], values[2]
-
-
-def grid_sizes(input_size: Sequence[int], strides: Sequence[Sequence[int]]) -> list[Size3]:
-    """The grid of each level for an input of any size.
-
-    Args:
-        input_size: voxels per axis (D, H, W).
-        strides: nnU-Net's strides, a triple per level, the first (1, 1, 1).
-
-    Returns:
-        A triple per level: the level before divided by the stride and rounded up. All but the last are the
-        sizes of the outputs under deep supervision.
-    """
-    grid = as_size3(input_size)
-    grids = []
-    for stride in strides:
-        grid = as_size3([(size + step - 1) // step for size, step in zip(grid, stride, strict=True)])
-        grids.append(grid)
-    return grids
-
-
-def kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
-    """The convolution kernel of each level: 3, but 1 along an axis that is not pooled up to the next level.
-
-    The deepest level has no next one and goes by the pools that lead to it. The released code's three modes, both
-    for the blocks of a level and for the convolutions that lead to it.
-    """
-    passed = [strides[1 : level + 2] for level in range(len(strides))]
-    return [as_size3([3 if math.prod(axis) > 1 else 1 for axis in zip(*pools, strict=True)]) for pools in passed]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Size3 = tuple[int, int, int]
+from nnunetv2_misfm.architectures.anisotropy import Size3
+
 WindowShrink = Literal["per_axis", "cube"]
 
 # Added to the logits of token pairs that only the cyclic shift brought together (released code).

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
-from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
+from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer
 from nnunetv2_misfm.trainers.recipe import Recipe, read_recipes
 
 _ARCHITECTURE = "architecture"
@@ -202,7 +202,7 @@ def _check_networks(manager: PlansManager, name: str, entry: dict[str, Any]) -> 
     resolved = manager.get_configuration(name)
     concerned = [nnUNetTrainerBaseline] if _ARCHITECTURE in entry else []
     if widths and len(resolved.patch_size) == 3:
-        concerned += [trainer for trainer in _TRAINERS if issubclass(trainer, nnUNetTrainerPCTNet)]
+        concerned += [trainer for trainer in _TRAINERS if issubclass(trainer, FiveLevelTrainer)]
     for trainer in concerned:
         try:
             with torch.device("meta"):  # shapes alone: takes neither time nor memory

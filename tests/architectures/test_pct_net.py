@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures.pct_net import PCTNet, grid_sizes
+from nnunetv2_misfm.architectures.anisotropy import grid_sizes
+from nnunetv2_misfm.architectures.pct_net import PCTNet
 
 POOL, FLAT = (2, 2, 2), (1, 2, 2)
 MODES = {

@@ -8,7 +8,8 @@ from toy import toy_architecture, toy_dataset_json
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, num_heads, pct_net_strides
+from nnunetv2_misfm.trainers.five_levels import five_level_strides
+from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, num_heads
 
 
 def plan_strides(num_stages: int, *shallow: tuple[int, int, int]) -> list[list[int]]:
@@ -19,13 +20,13 @@ def plan_strides(num_stages: int, *shallow: tuple[int, int, int]) -> list[list[i
 
 @pytest.mark.parametrize("num_stages", [4, 5, 6, 7])
 def test_plans_of_any_depth_give_five_levels(num_stages: int) -> None:
-    assert pct_net_strides(plan_strides(num_stages)) == [[1, 1, 1], *[[2, 2, 2]] * 4]
+    assert five_level_strides(plan_strides(num_stages)) == [[1, 1, 1], *[[2, 2, 2]] * 4]
     anisotropic = plan_strides(num_stages, (1, 2, 2), (2, 2, 1))
-    assert pct_net_strides(anisotropic) == [[1, 1, 1], [1, 2, 2], [2, 2, 1], [2, 2, 2], [2, 2, 2]]
+    assert five_level_strides(anisotropic) == [[1, 1, 1], [1, 2, 2], [2, 2, 1], [2, 2, 2], [2, 2, 2]]
 
 
 def test_missing_stages_pool_by_two() -> None:
-    assert pct_net_strides([[1, 1, 1], [1, 2, 2]]) == [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 3]
+    assert five_level_strides([[1, 1, 1], [1, 2, 2]]) == [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 3]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_batch_norm_without_a_second_value_is_refused(workspace: Workspace) -> N
 
 def test_wrong_number_of_widths_is_refused(workspace: Workspace) -> None:
     trainer = workspace.trainer(nnUNetTrainerPCTNet, {"features_per_stage": [8, 16]})
-    with pytest.raises(MisfmError, match=r"features_per_stage must hold 5 numbers for PCT-Net, got \[8, 16\]"):
+    with pytest.raises(MisfmError, match=r"features_per_stage must hold 5 numbers for PCTNet, got \[8, 16\]"):
         trainer.initialize()
 
 
