@@ -62,9 +62,10 @@ class FiveLevelTrainer(MisfmTrainer):
             planned = configuration_manager.network_arch_init_kwargs
         features = recipe.features_per_stage or planned.get("features_per_stage") or cls.default_features
         if len(features) != NUM_LEVELS:
+            network = cls.network_class.rsplit(".", 1)[-1]
             raise MisfmError(
-                f"misfm block: features_per_stage must hold {NUM_LEVELS} numbers for {cls.network_class.split('.')[-1]}, "
-                f"got {list(features)}; correct it in the plans file."
+                f"misfm block: features_per_stage must hold {NUM_LEVELS} numbers for {network}, got "
+                f"{list(features)}; correct it in the plans file."
             )
         kwargs = {
             **planned,
