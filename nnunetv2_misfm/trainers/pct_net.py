@@ -42,7 +42,7 @@ class nnUNetTrainerPCTNet(FiveLevelTrainer):  # noqa: N801 - nnU-Net's conventio
     def recipe_arguments(
         cls, recipe: Recipe, planned: dict[str, Any], features_per_stage: tuple[int, ...]
     ) -> dict[str, Any]:
-        """Returns the attention dropout of the recipe, and heads of 32 channels where the plans have none for the widths."""
+        """Returns the recipe's attention dropout, and heads of 32 channels where the plans have none for the widths."""
         arguments: dict[str, Any] = {}
         if recipe.attention_dropout is not None:
             arguments["attention_dropout"] = recipe.attention_dropout

@@ -164,7 +164,7 @@ def refused(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("num_epoch=5", r"unknown key 'num_epoch'; known are attention_dropout, augmentation, .*num_epochs, .*\(misfm\), those of "
+        ("num_epoch=5", r"unknown key 'num_epoch'; known are attention_dropout, .*num_epochs, .*\(misfm\), those of "
                         r"volume_fusion.*\(method.key\), .*batch_size, patch_size, .*\(nnU-Net\) and architecture.key"),
         ("misfm={}", "unknown key 'misfm'"),
         ("inherits_from=quick", "unknown key 'inherits_from'"),
