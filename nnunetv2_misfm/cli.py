@@ -44,11 +44,30 @@ def _parser() -> argparse.ArgumentParser:
         "settings", nargs="+", metavar="key=value", help="e.g. num_epochs=50 volume_fusion.num_levels=8"
     )
 
+    command = add("plan", _plan, "Write plans for PCT-Net, with which nnU-Net's own trainers train and predict it.")
+    command.add_argument("-d", "--datasets", nargs="+", required=True, metavar="ID", help="numbers or names")
+    command.add_argument(
+        "--gpu-memory-gb", type=float, default=8.0, metavar="N", help="memory of the GPU (default: 8, as nnU-Net's)"
+    )
+    command.add_argument(
+        "--overwrite-plans-name", default="nnUNetPCTNetPlans", metavar="NAME", help="default: nnUNetPCTNetPlans"
+    )
+
     command = add("preview", _preview, "Draw what Volume Fusion shows the network, as a PNG.")
     _add_configuration(command)
     command.add_argument("-o", "--output", type=Path, required=True, help="the PNG file")
     command.add_argument("-n", "--num-samples", type=int, default=2, help="samples to draw (default: 2)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
+
+    command = add("convert", _convert, "Make released MIS-FM weights, or any fitted to a dataset, fit for nnU-Net.")
+    command.add_argument("file", type=Path, help="pctnet_ct10k_volf.pt, fmunet_abk1k_volf.pt, or another checkpoint")
+    command.add_argument("-o", "--output", type=Path, help="the file to write (default: beside FILE)")
+    command.add_argument(
+        "--resolution-mode", type=int, choices=(0, 1, 2), help="branch of a PCT-Net (default: the trained one)"
+    )
+    command.add_argument("-d", "--dataset", help="adapt to the network of this dataset, by number or name")
+    command.add_argument("-c", "--configuration", help="configuration of its plans, e.g. 3d_fullres")
+    command.add_argument("-p", "--plans", help="name of the plans (default: nnUNetPlans)")
 
     command = add("demo", _demo, "Run the whole job on phantoms that the package makes itself.")
     command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))
@@ -96,6 +115,15 @@ def _configure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.planning.plan import plan
+
+    for dataset in options.datasets:
+        print(plan(dataset, options.gpu_memory_gb, options.overwrite_plans_name), flush=True)
+    return 0
+
+
 def _preview(options: argparse.Namespace) -> int:
     installation.require_supported_nnunet()
     from nnunetv2_misfm.preview import preview
@@ -110,6 +138,24 @@ def _preview(options: argparse.Namespace) -> int:
             options.seed,
         )
     )
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    if options.dataset is None:
+        if options.configuration or options.plans:
+            raise MisfmError("expected -c and -p together with --dataset, got them alone: add --dataset ID.")
+        from nnunetv2_misfm.weights.convert import convert
+
+        print(convert(options.file, options.output, options.resolution_mode))
+        return 0
+    if options.configuration is None:
+        raise MisfmError("expected the configuration to adapt to with --dataset, got none: add -c 3d_fullres, say.")
+    from nnunetv2_misfm.planning.adapt import adapt
+
+    plans = options.plans or "nnUNetPlans"
+    print(adapt(options.file, options.dataset, options.configuration, plans, options.output, options.resolution_mode))
     return 0
 
 

@@ -9,15 +9,17 @@ from conftest import Workspace
 
 import nnunetv2_misfm
 import nnunetv2_misfm.demo
+import nnunetv2_misfm.planning.adapt
 import nnunetv2_misfm.planning.configure
 import nnunetv2_misfm.preview
+import nnunetv2_misfm.weights.convert
 from nnunetv2_misfm import installation
 from nnunetv2_misfm.cli import main
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import Finding
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("path", "enable", "disable", "check", "configure", "preview", "demo")
+COMMANDS = ("path", "enable", "disable", "check", "configure", "preview", "convert", "demo")
 
 
 class Recorder:
@@ -64,6 +66,8 @@ def test_path_and_help_load_neither_torch_nor_nnunet() -> None:
     (["configure", "-d", "4", "-c", "3d_fullres", "--name", "x"], "the following arguments are required: key=value"),
     (["preview", "-d", "4", "-c", "3d_fullres"], "the following arguments are required: -o/--output"),
     (["preview", "-d", "4", "-c", "3d_fullres", "-o", "x", "-n", "two"], "invalid int value: 'two'"),
+    (["convert"], "the following arguments are required: file"),
+    (["convert", "f.pt", "--resolution-mode", "3"], "invalid choice: 3"),
     (["demo", "-device", "tpu"], "invalid choice: 'tpu'"),
 ])  # fmt: skip
 def test_wrong_usage_exits_with_2_and_says_what_is_wrong(capsys: Capture, arguments: list[str], said: str) -> None:
@@ -153,6 +157,13 @@ def test_enable_and_disable_name_the_files(capsys: Capture, monkeypatch: pytest.
          nnunetv2_misfm.preview, "preview", ("4", "3d_fullres", Path("a/b.png"), "nnUNetPlans", 2, 0), "done\n"),
         (["preview", "-d", "4", "-c", "x", "-o", "b.png", "-p", "other", "-n", "5", "--seed", "7"],
          nnunetv2_misfm.preview, "preview", ("4", "x", Path("b.png"), "other", 5, 7), "done\n"),
+        (["convert", "a/f.pt"], nnunetv2_misfm.weights.convert, "convert", (Path("a/f.pt"), None, None), "done\n"),
+        (["convert", "f.pt", "-o", "b.pth", "--resolution-mode", "0"],
+         nnunetv2_misfm.weights.convert, "convert", (Path("f.pt"), Path("b.pth"), 0), "done\n"),
+        (["convert", "f.pt", "--dataset", "4", "-c", "x"],
+         nnunetv2_misfm.planning.adapt, "adapt", (Path("f.pt"), "4", "x", "nnUNetPlans", None, None), "done\n"),
+        (["convert", "f.pt", "-d", "4", "-c", "x", "-p", "other", "-o", "b.pth", "--resolution-mode", "2"],
+         nnunetv2_misfm.planning.adapt, "adapt", (Path("f.pt"), "4", "x", "other", Path("b.pth"), 2), "done\n"),
         (["demo"], nnunetv2_misfm.demo, "run_demo", (Path("demo_results"), "auto"), ""),
         (["demo", "-o", "there", "-device", "cpu"], nnunetv2_misfm.demo, "run_demo", (Path("there"), "cpu"), ""),
     ],
@@ -171,12 +182,26 @@ def test_command_hands_its_arguments_to_the_function(
     assert capsys.readouterr() == ("", f"nnUNetv2_misfm {arguments[0]}: a sentence.\n")
 
 
-@pytest.mark.parametrize("command", ["configure", "preview", "demo"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-c", "3d_fullres"], "expected -c and -p together with --dataset, got them alone: add --dataset ID."),
+        (["-p", "nnUNetPlans"], "expected -c and -p together with --dataset, got them alone: add --dataset ID."),
+        (["-d", "4"], "expected the configuration to adapt to with --dataset, got none: add -c 3d_fullres, say."),
+    ],
+)
+def test_convert_wants_dataset_and_configuration_together(capsys: Capture, options: list[str], said: str) -> None:
+    assert main(["convert", "f.pt", *options]) == 2
+    assert capsys.readouterr() == ("", f"nnUNetv2_misfm convert: {said}\n")
+
+
+@pytest.mark.parametrize("command", ["configure", "preview", "convert", "demo"])
 def test_unsupported_nnunet_is_told_before_anything_of_it_is_used(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(installation, "require_supported_nnunet", Recorder(MisfmError("nnunetv2 2.5 is installed.")))
     needed = {"configure": ["-d", "4", "-c", "c", "--name", "n", "a=1"], "preview": ["-d", "4", "-c", "c", "-o", "o"]}
+    needed["convert"] = ["f.pt"]
     assert main([command, *needed.get(command, [])]) == 2
     assert capsys.readouterr().err == f"nnUNetv2_misfm {command}: nnunetv2 2.5 is installed.\n"
 

@@ -27,7 +27,12 @@ from nnunetv2_misfm.weights.checkpoint import file_sha256
 
 pytestmark = pytest.mark.slow
 
-OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerBaseline", "nnUNetTrainerVF")
+# Fine-tuning -> its pretraining; both run
+OTHER_PAIRS = {
+    "nnUNetTrainerVF": "nnUNetTrainerVFPretrain",
+    "nnUNetTrainerFMUNetVF": "nnUNetTrainerFMUNetVFPretrain",
+}
+OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerFMUNet", "nnUNetTrainerBaseline", *OTHER_PAIRS)
 QUICK = (
     "num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "seed=3", "batch_size=2",
     "features_per_stage=[4,4,8,16,32]", "architecture.features_per_stage=[4,8,16]",
@@ -289,9 +294,9 @@ def test_checkpoint_is_plain_data_from_which_the_network_can_be_rebuilt(done: Wo
 
 @pytest.mark.parametrize("trainer", OTHER_TRAINERS)
 def test_every_other_trainer_that_nnunet_finds_trains(train: Callable[..., Path], trainer: str) -> None:
-    others = {PCT_PRETRAIN, PCT_VF, "nnUNetTrainerVFPretrain"}
+    others = {PCT_PRETRAIN, PCT_VF, *OTHER_PAIRS.values()}
     assert others | set(OTHER_TRAINERS) == set(nnunetv2_misfm_trainers.__all__)
-    pretrained = train("nnUNetTrainerVFPretrain") / "checkpoint_final.pth" if trainer == "nnUNetTrainerVF" else None
+    pretrained = train(OTHER_PAIRS[trainer]) / "checkpoint_final.pth" if trainer in OTHER_PAIRS else None
     folder = train(trainer)
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     assert checkpoint["current_epoch"] == 2 and np.isfinite(checkpoint["logging"]["train_losses"]).all()

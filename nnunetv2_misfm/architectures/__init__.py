@@ -1,5 +1,6 @@
 """Networks: plain PyTorch, importable by the dotted paths that plans and checkpoints name."""
 
+from nnunetv2_misfm.architectures.fmunet import FMUNet
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 
-__all__ = ["PCTNet"]
+__all__ = ["FMUNet", "PCTNet"]

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.norm_act import NormAct
 from nnunetv2_misfm.architectures.window_attention import SwinLayer, WindowShrink
 
 NUM_LEVELS = 5
@@ -86,19 +88,6 @@ def convolution(in_channels: int, out_channels: int, kernel: Size3) -> nn.Conv3d
     return nn.Conv3d(in_channels, out_channels, kernel, padding=as_size3([size // 2 for size in kernel]))
 
 
-class NormAct(nn.Module):
-    """BatchNorm, then a PReLU with one weight for all channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm3d(channels)
-        self.act = nn.PReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, D, H, W) to the same shape."""
-        return self.act(self.norm(x))
-
-
 class ConvBlock(nn.Module):
     """Two convolutions in pre-activation order, without residual, with dropout before the second."""
 
@@ -108,7 +97,7 @@ class ConvBlock(nn.Module):
         self.norm_act1 = NormAct(channels)
         self.conv1 = convolution(channels, channels, kernel)
         self.norm_act2 = NormAct(channels)
-        self.dropout = nn.Dropout(layout.dropout_per_stage[level])
+        self.dropout = Dropout(layout.dropout_per_stage[level])
         self.conv2 = convolution(channels, channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +113,7 @@ class PCTBlock(nn.Module):
         super().__init__()
         dropout = layout.dropout_per_stage[level]
         self.conv = ConvBlock(layout, level)
-        self.token_dropout = nn.Dropout(dropout)
+        self.token_dropout = Dropout(dropout)
         self.swin = SwinLayer(
             layout.features_per_stage[level],
             layout.num_heads[TRANSFORMER_LEVELS.index(level)],
@@ -194,6 +183,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps the image (B, input_channels, D, H, W) to each level's features (B, C, ...), finest first."""
         x = self.stem(x)
+        import os
+        if os.environ.get("CL"): x = x.contiguous(memory_format=torch.channels_last_3d)
         features = []
         for stage in self.stages:
             x = stage(x)

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunetv2_misfm.architectures import cpu_attention
 from nnunetv2_misfm.architectures.anisotropy import Size3
+from nnunetv2_misfm.architectures.dropout import Dropout
 
 WindowShrink = Literal["per_axis", "cube"]
 
@@ -197,7 +199,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.proj_dropout = nn.Dropout(dropout)
+        self.proj_dropout = Dropout(dropout)
 
     def position_bias(self, window: Size3) -> Tensor:
         """The bias (h, N, N) of a window no larger than the nominal one: its token pairs' rows of the table."""
@@ -206,6 +208,25 @@ class WindowAttention(nn.Module):
         index = self.relative_position_index.view(full, full, full, full, full, full)
         index = index[:wd, :wh, :ww, :wd, :wh, :ww].reshape(-1)
         return self.relative_position_bias_table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1)
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Attention within windows, by whatever does not store its matrix; see `cpu_attention.attend`."""
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+            return cpu_attention.attend(query, key, value, bias, mask, dropout)
+        # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked bias
+        # of its own, of which the batch shares one copy.
+        if mask is not None:
+            bias = (mask[:, None] + bias).flatten(0, 1)  # windows * h, N, N
+        shape = (-1, bias.shape[0], *query.shape[2:])
+        attended = functional.scaled_dot_product_attention(
+            query.reshape(shape),
+            key.reshape(shape),
+            value.reshape(shape),
+            attn_mask=bias[None].to(query.dtype),
+            dropout_p=dropout,
+        )
+        return attended.reshape(query.shape)
 
     def forward(self, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
         """Attends within the windows of a shifted grid.
@@ -228,22 +249,14 @@ class WindowAttention(nn.Module):
             window_partition(part, window, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1)
         )
         bias = self.position_bias(window)  # h, N, N
+        mask = None
         if shifted:
             # A compiler fuses the making of the mask into its use and warns of caches.
             make_mask = shift_mask if torch.compiler.is_compiling() else cached_shift_mask
             mask = make_mask(padded, window, shift, tokens.device)  # windows, N, N
-            bias = (mask[:, None] + bias).flatten(0, 1)  # windows * h, N, N
-        # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked
-        # bias of its own, of which the batch shares one copy.
-        shape = (-1, bias.shape[0], *query.shape[2:])
-        attended = functional.scaled_dot_product_attention(
-            query.reshape(shape),
-            key.reshape(shape),
-            value.reshape(shape),
-            attn_mask=bias[None].to(query.dtype),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
-        tokens = window_reverse(attended.reshape(query.shape), window, padded)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = self.attend(query, key, value, bias, mask, dropout)
+        tokens = window_reverse(attended, window, padded)
         if shifted:
             tokens = torch.roll(tokens, shift, dims=(1, 2, 3))
         # The projection acts on each token alone, so padded tokens are dropped before it.
@@ -263,7 +276,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(channels, MLP_RATIO * channels)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(MLP_RATIO * channels, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps (..., C) to (..., C)."""

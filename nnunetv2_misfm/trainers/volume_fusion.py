@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nnunetv2_misfm.trainers.finetune import FinetuneTrainer
+from nnunetv2_misfm.trainers.fmunet import nnUNetTrainerFMUNet
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 from nnunetv2_misfm.trainers.pretext import PretextTrainer
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, require
@@ -240,6 +241,12 @@ class nnUNetTrainerPCTNetVFPretrain(nnUNetTrainerVFPretrain, nnUNetTrainerPCTNet
     """Volume Fusion pretraining of PCT-Net."""
 
 
+class nnUNetTrainerFMUNetVFPretrain(nnUNetTrainerVFPretrain, nnUNetTrainerFMUNet):  # noqa: N801
+    """Volume Fusion pretraining of FMUNet, with the first paper's boxes unless `volume_fusion.map` is `grid`."""
+
+    citations = nnUNetTrainerFMUNet.citations
+
+
 class nnUNetTrainerVF(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention for trainers
     """Fine-tunes the network that the plans name from Volume Fusion, with nnU-Net's own settings."""
 
@@ -251,3 +258,9 @@ class nnUNetTrainerPCTNetVF(FinetuneTrainer, nnUNetTrainerPCTNet):  # noqa: N801
     """Fine-tunes PCT-Net from Volume Fusion, with the settings of PCT-Net from scratch."""
 
     pretrain_trainer = "nnUNetTrainerPCTNetVFPretrain"
+
+
+class nnUNetTrainerFMUNetVF(FinetuneTrainer, nnUNetTrainerFMUNet):  # noqa: N801
+    """Fine-tunes FMUNet from Volume Fusion, with the settings of FMUNet from scratch."""
+
+    pretrain_trainer = "nnUNetTrainerFMUNetVFPretrain"

@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if refused := _REFUSED.search(str(error)):
             raise MisfmError(
                 f"{path}: expected tensors and plain data alone, got {refused[1]}, so the file is not read and nothing "
-                "in it was run; use a checkpoint that nnU-Net or this package wrote."
+                "in it was run; use a checkpoint that nnU-Net or this package wrote, or save the state dict alone."
             ) from error
         raise MisfmError(
             f"{path} is truncated or no PyTorch checkpoint: its {path.stat().st_size} bytes cannot be read as one "
@@ -123,7 +123,12 @@ def network_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str
             f"{path}: expected an nnU-Net checkpoint with tensors under 'network_weights', got the keys {keys}; "
             "pass the checkpoint_final.pth of a training."
         )
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    return without_wrappers(weights)
+
+
+def without_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns a state dict without the prefixes that DDP, DataParallel and torch.compile put before names."""
+    return {_WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
 
 
 def file_sha256(path: str | Path) -> str:

@@ -4,12 +4,13 @@ import itertools
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
+from nnunetv2_misfm.cli import main
+from nnunetv2_misfm.weights.checkpoint import read_checkpoint
 
 STRIDES = {
     0: [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
@@ -86,27 +87,26 @@ def reindexed(table: Tensor) -> Tensor:
     return ours
 
 
-def converted(state: dict[str, Tensor], mode: int) -> dict[str, Tensor]:
-    tables = {key: reindexed(value) for key, value in state.items() if key.endswith("bias_table")}
-    return {ours: tables.get(theirs, state[theirs]) for theirs, ours in used_keys(state, mode).items()}
+@pytest.fixture(scope="module")
+def official(shared: Path) -> dict:
+    return read_checkpoint(shared / "reference" / "fixtures" / "official_pctnet.pt")
 
 
 @pytest.fixture(scope="module")
-def official(shared: Path) -> dict:
-    numpy_types = [np.dtype, type(np.dtype("float32")), type(np.dtype("float64"))]
-    numpy_core = np._core if hasattr(np, "_core") else np.core  # the fixture's best score is a NumPy scalar
-    with torch.serialization.safe_globals([numpy_core.multiarray.scalar, *numpy_types]):
-        return torch.load(shared / "reference" / "fixtures" / "official_pctnet.pt", weights_only=True)
+def converted(official: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    """Resolution mode -> what the command `convert` writes from the official file."""
+    folder = tmp_path_factory.mktemp("official")
+    torch.save(official["checkpoint"], folder / "official.pt")
+    files = {mode: folder / f"mode_{mode}.pth" for mode in STRIDES}
+    for mode, file in files.items():
+        assert main(["convert", str(folder / "official.pt"), "-o", str(file), "--resolution-mode", str(mode)]) == 0
+    return {mode: torch.load(file, weights_only=True) for mode, file in files.items()}
 
 
-def network(official: dict, mode: int) -> PCTNet:
-    net = PCTNet(
-        input_channels=official["in_chns"],
-        num_classes=official["class_num"],
-        features_per_stage=official["feature_chns"],
-        strides=STRIDES[mode],
-    )
-    net.load_state_dict(converted(official["checkpoint"]["model_state_dict"], mode))  # strict: sets every key
+def network(converted: dict) -> PCTNet:
+    description = converted["misfm_meta"]["network"]
+    net = PCTNet(description["input_channels"], description["num_classes"], **description["kwargs"])
+    net.load_state_dict(converted["network_weights"])  # strict: sets every key
     return net.eval()
 
 
@@ -123,14 +123,39 @@ def test_every_official_tensor_in_use_finds_one_place_and_every_place_is_filled(
     assert set(keys.values()) == set(net.state_dict())
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_convert_puts_every_official_tensor_in_its_place(official: dict, converted: dict, mode: int) -> None:
+    state = official["checkpoint"]["model_state_dict"]
+    keys, weights = used_keys(state, mode), converted[mode]["network_weights"]
+    assert set(keys.values()) == set(weights)
+    tables = [key for key in keys if key.endswith("bias_table")]
+    assert len(tables) == 10
+    for theirs, ours in keys.items():
+        assert torch.equal(weights[ours], reindexed(state[theirs]) if theirs in tables else state[theirs])
+
+
+def test_convert_takes_the_demonstrations_branch_where_all_were_trained_alike(
+    official: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(official["checkpoint"], tmp_path / "official.pt")
+    assert main(["convert", str(tmp_path / "official.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert "took resolution mode 1, pools (1, 2, 2) and (2, 2, 2): modes 0 and 1 and 2 were trained equally" in printed
+    assert "mapped 404 tensors; left out: 260 of the other resolution branches, 10 of LayerNorms" in printed
+    meta = torch.load(tmp_path / "official_nnunet.pth", weights_only=True)["misfm_meta"]
+    assert (meta["converted_from"]["resolution_mode"], meta["converted_from"]["iteration"]) == (1, 1000)
+
+
 @pytest.mark.parametrize("case", [0, 1, 2])
 @torch.inference_mode()
-def test_outputs_are_those_of_the_released_network(official: dict, case: int) -> None:
+def test_outputs_of_what_convert_writes_are_those_of_the_released_network(
+    official: dict, converted: dict, case: int
+) -> None:
     expected = official["cases"][case]
     generator = torch.Generator().manual_seed(expected["input_seed"])
     image = torch.randn(1, 1, *expected["input_size"], generator=generator)
     assert image.double().sum().item() == pytest.approx(expected["input_sum"], abs=1e-3)
-    net = network(official, expected["resolution_mode"])
+    net = network(converted[expected["resolution_mode"]])
     outputs = net(image)
     assert len(outputs) == len(expected["outputs"]) == 4
     for output, reference in zip(outputs, expected["outputs"], strict=True):

@@ -5,8 +5,11 @@ import gives. A new trainer is one more line here.
 """
 
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
+from nnunetv2_misfm.trainers.fmunet import nnUNetTrainerFMUNet
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 from nnunetv2_misfm.trainers.volume_fusion import (
+    nnUNetTrainerFMUNetVF,
+    nnUNetTrainerFMUNetVFPretrain,
     nnUNetTrainerPCTNetVF,
     nnUNetTrainerPCTNetVFPretrain,
     nnUNetTrainerVF,
@@ -15,6 +18,9 @@ from nnunetv2_misfm.trainers.volume_fusion import (
 
 __all__ = [
     "nnUNetTrainerBaseline",
+    "nnUNetTrainerFMUNet",
+    "nnUNetTrainerFMUNetVF",
+    "nnUNetTrainerFMUNetVFPretrain",
     "nnUNetTrainerPCTNet",
     "nnUNetTrainerPCTNetVF",
     "nnUNetTrainerPCTNetVFPretrain",
