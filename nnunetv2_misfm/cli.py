@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
 
     command = add("convert", _convert, "Make released MIS-FM weights, or any fitted to a dataset, fit for nnU-Net.")
-    command.add_argument("file", type=Path, help="pctnet_ct10k_volf.pt, fmunet_abk1k_volf.pt, or another checkpoint")
+    command.add_argument("file", metavar="FILE", type=Path, help="pctnet_ct10k_volf.pt, fmunet_abk1k_volf.pt, say")
     command.add_argument("-o", "--output", type=Path, help="the file to write (default: beside FILE)")
     command.add_argument(
         "--resolution-mode", type=int, choices=(0, 1, 2), help="branch of a PCT-Net (default: the trained one)"

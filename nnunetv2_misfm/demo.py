@@ -37,7 +37,7 @@ SEED = 0
 # Chosen by measurement on two CPU cores. Coarser voxels than the scans' own (nnU-Net resamples, and back after
 # prediction), a small patch, and a third of the released PCT-Net's channels at the finest level.
 TARGET_SPACING_MM = ("5", "3", "3")
-NETWORK = ("patch_size=[16,32,32]", "features_per_stage=[8,16,32,64,128]", f"seed={SEED}")
+NETWORK = ("patch_size=[16,32,32]", "features_per_stage=[8,16,32,64,128]", "num_heads=[1,2,4]", f"seed={SEED}")
 PLANS_NETWORK = ("architecture.features_per_stage=[8,16,32,64]",)  # the plans' network has four stages here
 PRETRAINING = ("batch_size=4", "num_epochs=6", "num_iterations_per_epoch=25", "num_val_iterations_per_epoch=2")
 TRAINING = ("batch_size=2", "num_epochs=10", "num_iterations_per_epoch=30", "num_val_iterations_per_epoch=2")

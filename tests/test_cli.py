@@ -66,7 +66,7 @@ def test_path_and_help_load_neither_torch_nor_nnunet() -> None:
     (["configure", "-d", "4", "-c", "3d_fullres", "--name", "x"], "the following arguments are required: key=value"),
     (["preview", "-d", "4", "-c", "3d_fullres"], "the following arguments are required: -o/--output"),
     (["preview", "-d", "4", "-c", "3d_fullres", "-o", "x", "-n", "two"], "invalid int value: 'two'"),
-    (["convert"], "the following arguments are required: file"),
+    (["convert"], "the following arguments are required: FILE"),
     (["convert", "f.pt", "--resolution-mode", "3"], "invalid choice: 3"),
     (["demo", "-device", "tpu"], "invalid choice: 'tpu'"),
 ])  # fmt: skip

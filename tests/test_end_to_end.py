@@ -35,7 +35,7 @@ OTHER_PAIRS = {
 OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerFMUNet", "nnUNetTrainerBaseline", *OTHER_PAIRS)
 QUICK = (
     "num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "seed=3", "batch_size=2",
-    "features_per_stage=[4,4,8,16,32]", "architecture.features_per_stage=[4,8,16]",
+    "features_per_stage=[4,4,8,16,32]", "num_heads=[1,1,1]", "architecture.features_per_stage=[4,8,16]",
 )  # fmt: skip
 FOUR_ROUTES = (
     "nnUNetTrainerPCTNetVF expected pretrained weights and found none by any of its four routes: 1. -pretrained_weights"

@@ -16,6 +16,7 @@ NUM_TRAINING = 6
 QUICK = (
     *("num_epochs=1", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "batch_size=2"),
     "features_per_stage=[8,8,16,16,32]",
+    "num_heads=[1,1,1]",
 )
 
 

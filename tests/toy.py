@@ -61,7 +61,7 @@ def toy_plans(block: dict[str, Any] | None = None, **configuration: Any) -> dict
         **configuration,
     }
     quick = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 7}
-    block = {**quick, "features_per_stage": [4, 4, 8, 16, 32], **(block or {})}
+    block = {**quick, "features_per_stage": [4, 4, 8, 16, 32], "num_heads": [1, 1, 1], **(block or {})}
     return {
         "dataset_name": DATASET,
         "plans_name": "nnUNetPlans",

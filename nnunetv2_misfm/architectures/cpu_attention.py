@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_misfm.architectures.dropout import keep_mask
+from nnunetv2_misfm.architectures.dropout import kept, random_bytes, rounded
 
 # Entries of the attention matrix that are made at a time: 4 MB in float32 (measured: docs/performance.md)
 CHUNK_ENTRIES = 1 << 20
@@ -43,23 +43,22 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         out = torch.empty_like(query)
-        keeps = []
+        draws = []
         for sample, rows, windows in _chunks(query, bias):
             weights = _softmax(query[sample, rows], key[sample, rows], bias, mask, windows)
             if dropout:
-                keeps.append(keep_mask(weights, dropout))
-                weights *= keeps[-1]
+                draws.append(random_bytes(weights.shape, weights.device))
+                weights *= kept(draws[-1], dropout, weights.dtype)
             torch.bmm(weights, value[sample, rows], out=out[sample, rows])
         ctx.dropout = dropout
-        ctx.save_for_backward(query, key, value, bias, mask, *keeps)
-        return out.mul_(1 / (1 - dropout))
+        ctx.save_for_backward(query, key, value, bias, mask, *draws)
+        return out.mul_(1 / (1 - rounded(dropout)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, *keeps = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        grad = grad * (1 / (1 - ctx.dropout))
+        query, key, value, bias, mask, *draws = ctx.saved_tensors
+        grad = grad * (1 / (1 - rounded(ctx.dropout)))
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         grad_bias = torch.zeros_like(bias)
         for chunk, (sample, rows, windows) in enumerate(_chunks(query, bias)):
@@ -67,17 +66,18 @@ class _Attend(torch.autograd.Function):
             grad_q, grad_k, grad_v = (tensor[sample, rows] for tensor in grads)
             weights = _softmax(q, k, bias, mask, windows)
             grad_weights = torch.bmm(g, v.transpose(1, 2))
-            if keeps:
-                grad_weights *= keeps[chunk]
-                torch.bmm((weights * keeps[chunk]).transpose(1, 2), g, out=grad_v)
-            else:
-                torch.bmm(weights.transpose(1, 2), g, out=grad_v)
+            used = weights
+            if draws:
+                keep = kept(draws[chunk], ctx.dropout, weights.dtype)
+                grad_weights *= keep
+                used = keep.mul_(weights)
+            torch.bmm(used.transpose(1, 2), g, out=grad_v)
             grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_bias += grad_logits.view(-1, *bias.shape).sum(0)
-            grad_logits *= scale
             torch.bmm(grad_logits, k, out=grad_q)
             torch.bmm(grad_logits.transpose(1, 2), q, out=grad_k)
-        return *grads, grad_bias, None, None
+        scale = query.shape[-1] ** -0.5
+        return grads[0].mul_(scale), grads[1].mul_(scale), grads[2], grad_bias, None, None
 
 
 def _chunks(query: Tensor, bias: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -93,8 +93,9 @@ def _chunks(query: Tensor, bias: Tensor) -> Iterator[tuple[int, slice, slice]]:
 
 def _softmax(query: Tensor, key: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
     """The attention weights (n * h, N, N) of n windows, from their queries and keys (n * h, N, d)."""
-    added = bias.expand(windows.stop - windows.start, *bias.shape) if mask is None else mask[windows, None] + bias
-    logits = torch.baddbmm(
-        added.reshape(-1, *bias.shape[1:]).to(query.dtype), query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5
-    )
+    logits = torch.bmm(query * query.shape[-1] ** -0.5, key.transpose(1, 2))
+    by_window = logits.view(-1, *bias.shape)  # n, h, N, N
+    by_window += bias
+    if mask is not None:
+        by_window += mask[windows, None]
     return logits.softmax(-1)

@@ -11,9 +11,8 @@ from torch.nn import functional
 class NormAct(nn.Module):
     """BatchNorm, then a PReLU with one weight for all channels.
 
-    Training on the CPU in float32 goes through one function that keeps nothing but its input, makes the normalised
-    values anew in the backward pass, and sums the gradient of the PReLU's weight without a tensor of its terms; the rest
-    is left to the two modules (a GPU's compiler fuses them by itself).
+    Training on the CPU in float32 goes through one function that keeps nothing but its input and makes the normalised
+    values anew in the backward pass. The rest is left to the two modules, which a compiler fuses by itself.
     """
 
     def __init__(self, channels: int) -> None:
@@ -27,6 +26,7 @@ class NormAct(nn.Module):
         if not fused or torch.compiler.is_compiling():
             return self.act(self.norm(x))
         norm = self.norm
+        assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         buffers = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         return _NormAct.apply(x, norm.weight, norm.bias, self.act.weight, *buffers)
@@ -59,8 +59,7 @@ class _NormAct(torch.autograd.Function):
         var = inverse_std**-2 - ctx.eps
         normed = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, ctx.eps)[0]
         grad_normed = torch.ops.aten.leaky_relu_backward(grad, normed, slope.item(), False)
-        negative = normed.clamp_(max=0)
-        grad_slope = (negative * grad).sum().view(1)
+        grad_slope = normed.clamp_(max=0).mul_(grad).sum().view(1)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_normed, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
         )

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.convolution import Convolution
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act import NormAct
 from nnunetv2_misfm.architectures.window_attention import SwinLayer, WindowShrink
@@ -38,6 +39,17 @@ from nnunetv2_misfm.architectures.window_attention import SwinLayer, WindowShrin
 NUM_LEVELS = 5
 # Levels with a transformer branch; levels 0 and 1 are convolutions alone (released code, net/pct_net.py).
 TRANSFORMER_LEVELS = (2, 3, 4)
+# Attention heads of these levels (released code)
+NUM_HEADS = (4, 8, 16)
+
+
+def default_num_heads(features_per_stage: Sequence[int]) -> list[int]:
+    """Attention heads of levels 2, 3 and 4: the released 4, 8 and 16, or the most below that divide the channels."""
+    widths = features_per_stage[TRANSFORMER_LEVELS[0] :]
+    return [
+        max(heads for heads in range(1, most + 1) if channels % heads == 0)
+        for channels, most in zip(widths, NUM_HEADS, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class PCTLayout:
     num_heads: tuple[int, ...]
     window_size: int
     window_shrink: WindowShrink
+    mask_padding: bool
     dropout_per_stage: tuple[float, ...]
     attention_dropout: float
     drop_path: float
@@ -83,11 +96,6 @@ class PCTLayout:
                 raise ValueError(f"{name}: expected probabilities in [0, 1), got {values}.")
 
 
-def convolution(in_channels: int, out_channels: int, kernel: Size3) -> nn.Conv3d:
-    """A convolution with bias that keeps the grid."""
-    return nn.Conv3d(in_channels, out_channels, kernel, padding=as_size3([size // 2 for size in kernel]))
-
-
 class ConvBlock(nn.Module):
     """Two convolutions in pre-activation order, without residual, with dropout before the second."""
 
@@ -95,10 +103,10 @@ class ConvBlock(nn.Module):
         super().__init__()
         channels, kernel = layout.features_per_stage[level], kernel_sizes(layout.strides)[level]
         self.norm_act1 = NormAct(channels)
-        self.conv1 = convolution(channels, channels, kernel)
+        self.conv1 = Convolution(channels, channels, kernel)
         self.norm_act2 = NormAct(channels)
         self.dropout = Dropout(layout.dropout_per_stage[level])
-        self.conv2 = convolution(channels, channels, kernel)
+        self.conv2 = Convolution(channels, channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, D, H, W) to the same shape."""
@@ -119,6 +127,7 @@ class PCTBlock(nn.Module):
             layout.num_heads[TRANSFORMER_LEVELS.index(level)],
             window_size=layout.window_size,
             window_shrink=layout.window_shrink,
+            mask_padding=layout.mask_padding,
             dropout=dropout,
             attention_dropout=layout.attention_dropout,
             drop_path=layout.drop_path,
@@ -143,7 +152,7 @@ class DownSample(nn.Module):
         in_channels, out_channels = layout.features_per_stage[level - 1 : level + 1]
         self.pool = nn.MaxPool3d(layout.strides[level], ceil_mode=True)
         self.norm_act = NormAct(in_channels)
-        self.conv = convolution(in_channels, out_channels, kernel_sizes(layout.strides)[level])
+        self.conv = Convolution(in_channels, out_channels, kernel_sizes(layout.strides)[level])
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the finer level (B, C, D, H, W) to this one, each axis divided by its stride and rounded up."""
@@ -160,7 +169,7 @@ class UpCat(nn.Module):
         self.norm_act_up = NormAct(low_channels)
         self.up = nn.ConvTranspose3d(low_channels, channels, stride, stride)
         self.norm_act_cat = NormAct(2 * channels)
-        self.conv = convolution(2 * channels, channels, kernel_sizes(layout.strides)[level])
+        self.conv = Convolution(2 * channels, channels, kernel_sizes(layout.strides)[level])
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
         """Maps the coarser level and the encoder's (B, C, D, H, W) of this one to (B, C, D, H, W)."""
@@ -174,7 +183,7 @@ class Encoder(nn.Module):
 
     def __init__(self, input_channels: int, layout: PCTLayout) -> None:
         super().__init__()
-        self.stem = convolution(input_channels, layout.features_per_stage[0], kernel_sizes(layout.strides)[0])
+        self.stem = Convolution(input_channels, layout.features_per_stage[0], kernel_sizes(layout.strides)[0])
         self.stages = nn.ModuleList([nn.Sequential(OrderedDict(block=level_block(layout, 0)))])
         for level in range(1, NUM_LEVELS):
             down, block = DownSample(layout, level), level_block(layout, level)
@@ -183,8 +192,6 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps the image (B, input_channels, D, H, W) to each level's features (B, C, ...), finest first."""
         x = self.stem(x)
-        import os
-        if os.environ.get("CL"): x = x.contiguous(memory_format=torch.channels_last_3d)
         features = []
         for stage in self.stages:
             x = stage(x)
@@ -246,6 +253,8 @@ class PCTNet(nn.Module):
         window_size: edge of the attention window, in tokens.
         window_shrink: "per_axis" cuts a window along the axes where the grid is shorter than it; "cube" is the
             released rule, see `window_attention.window_and_shift`.
+        mask_padding: whether the tokens that fill up a grid to whole windows are hidden from attention. The released
+            network lets them take part, and its weights were trained so.
         dropout_per_stage: dropout of each level (convolutions, tokens, projection and MLP), element-wise.
         attention_dropout: dropout of the attention probabilities.
         drop_path: probability of dropping a residual branch of a transformer block for a sample.
@@ -262,9 +271,10 @@ class PCTNet(nn.Module):
         *,
         features_per_stage: Sequence[int] = (24, 48, 128, 256, 512),
         strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
-        num_heads: Sequence[int] = (4, 8, 16),
+        num_heads: Sequence[int] = NUM_HEADS,
         window_size: int = 6,
         window_shrink: WindowShrink = "per_axis",
+        mask_padding: bool = False,
         dropout_per_stage: Sequence[float] = (0.0, 0.0, 0.2, 0.2, 0.2),
         attention_dropout: float = 0.2,
         drop_path: float = 0.2,
@@ -278,6 +288,7 @@ class PCTNet(nn.Module):
             num_heads=tuple(num_heads),
             window_size=window_size,
             window_shrink=window_shrink,
+            mask_padding=mask_padding,
             dropout_per_stage=tuple(dropout_per_stage),
             attention_dropout=attention_dropout,
             drop_path=drop_path,

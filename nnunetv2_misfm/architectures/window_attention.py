@@ -12,10 +12,10 @@ Deliberately unlike the code that the MIS-FM authors released (net/transformer.p
   part of the table that it needs, so no entry of a state dict depends on the patch size and the other axes still
   shift. `window_shrink="cube"` gives the released rule: the shortest axis sets the window of all.
 - Masks are made once per grid, not in every forward pass; the index is made once per module and not saved.
-- Attention is PyTorch's scaled_dot_product_attention, which need not store its matrix where a kernel allows.
+- The attention matrix is not stored: PyTorch's scaled_dot_product_attention on a GPU, cpu_attention.py on the CPU.
 
 Kept as released, because its weights were trained so: tokens are padded with zeros after the LayerNorm, at the
-far end of each axis, and padded tokens take part in the softmax.
+far end of each axis, and padded tokens take part in the softmax (unless `mask_padding`).
 
 Shape letters: B batch, D H W the token grid in array order, C channels, h heads, d = C / h, N tokens per window.
 """
@@ -75,6 +75,12 @@ def padded_grid(grid: Size3, window: Size3) -> Size3:
     return (depth + wd - 1) // wd * wd, (height + wh - 1) // wh * wh, (width + ww - 1) // ww * ww
 
 
+def pad_grid(tokens: Tensor, grid: Size3) -> Tensor:
+    """Tokens (B, D, H, W, C) with zeros at the far end of each axis, up to a larger grid."""
+    _, depth, height, width, _ = tokens.shape
+    return functional.pad(tokens, (0, 0, 0, grid[2] - width, 0, grid[1] - height, 0, grid[0] - depth))
+
+
 def window_partition(tokens: Tensor, window: Size3, num_heads: int) -> Tensor:
     """Tokens grouped by window and head.
 
@@ -120,7 +126,9 @@ def relative_position_index(window_size: int) -> Tensor:
     return digits[0] * base**2 + digits[1] * base + digits[2]
 
 
-def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
+def attention_mask(
+    grid: Size3, window: Size3, shift: Size3, device: torch.device, *, hide_beyond: Size3 | None = None
+) -> Tensor:
     """What to add to the logits after a cyclic shift, so that tokens attend only to their true neighbours.
 
     The shift carries the first tokens of an axis behind its last ones. Two tokens of a window may attend to each
@@ -131,9 +139,10 @@ def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -
         window: window per axis.
         shift: tokens by which each axis was rolled towards its start; 0 where it was not.
         device: where the mask shall live.
+        hide_beyond: the grid before padding, to which nobody may attend beyond; None hides nothing.
 
     Returns:
-        (windows, N, N) float32, 0 where the pair may attend and -100 elsewhere.
+        (windows, N, N) float32, 0 where the query (second index) may attend to the key (third) and -100 elsewhere.
     """
     region = torch.zeros(grid, device=device)
     for axis in range(3):
@@ -142,15 +151,23 @@ def shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -
         extent[axis] = grid[axis]
         region = region + carried.view(extent) * 2.0**axis
     region = window_partition(region[None, ..., None], window, num_heads=1)[0, :, :, 0]  # windows, N
-    return (region[:, None, :] != region[:, :, None]) * MASKED_LOGIT
+    mask = (region[:, None, :] != region[:, :, None]) * MASKED_LOGIT
+    if hide_beyond is None:
+        return mask
+    shown = torch.ones((1, *hide_beyond, 1), device=device)
+    shown = torch.roll(pad_grid(shown, grid), (-shift[0], -shift[1], -shift[2]), dims=(1, 2, 3))
+    shown = window_partition(shown, window, num_heads=1)[0, :, None, :, 0]  # windows, 1, N
+    return torch.where(shown == 0, MASKED_LOGIT, mask)
 
 
 @functools.lru_cache(maxsize=64)
-def cached_shift_mask(grid: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
-    """`shift_mask`, made once; the tensor is shared and must not be altered."""
+def cached_attention_mask(
+    grid: Size3, window: Size3, shift: Size3, device: torch.device, *, hide_beyond: Size3 | None = None
+) -> Tensor:
+    """`attention_mask`, made once; the tensor is shared and must not be altered."""
     # A mask first made while predicting must stay usable in training, which an inference tensor is not.
     with torch.inference_mode(False), torch.no_grad():
-        return shift_mask(grid, window, shift, device)
+        return attention_mask(grid, window, shift, device, hide_beyond=hide_beyond)
 
 
 class DropPath(nn.Module):
@@ -181,6 +198,7 @@ class WindowAttention(nn.Module):
         channels: C, a multiple of `num_heads`.
         num_heads: h.
         window_size: nominal window edge w; the bias table has (2w-1)^3 rows whatever the grid.
+        mask_padding: whether the tokens that pad the grid are hidden from attention.
         attention_dropout: dropout of the attention probabilities.
         dropout: dropout behind the output projection.
     """
@@ -188,11 +206,19 @@ class WindowAttention(nn.Module):
     relative_position_index: Tensor
 
     def __init__(
-        self, channels: int, num_heads: int, *, window_size: int, attention_dropout: float, dropout: float
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        mask_padding: bool,
+        attention_dropout: float,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
+        self.mask_padding = mask_padding
         self.attention_dropout = attention_dropout
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=BIAS_TABLE_STD)
@@ -212,7 +238,7 @@ class WindowAttention(nn.Module):
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Attention within windows, by whatever does not store its matrix; see `cpu_attention.attend`."""
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if query.device.type != "cuda" and not torch.compiler.is_compiling():
             return cpu_attention.attend(query, key, value, bias, mask, dropout)
         # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked bias
         # of its own, of which the batch shares one copy.
@@ -240,8 +266,9 @@ class WindowAttention(nn.Module):
             (B, D, H, W, C).
         """
         _, depth, height, width, _ = tokens.shape
-        padded = padded_grid((depth, height, width), window)
-        tokens = functional.pad(tokens, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
+        grid = (depth, height, width)
+        padded = padded_grid(grid, window)
+        tokens = pad_grid(tokens, padded)
         shifted = any(shift)
         if shifted:
             tokens = torch.roll(tokens, (-shift[0], -shift[1], -shift[2]), dims=(1, 2, 3))
@@ -250,10 +277,11 @@ class WindowAttention(nn.Module):
         )
         bias = self.position_bias(window)  # h, N, N
         mask = None
-        if shifted:
+        hide_beyond = grid if self.mask_padding and padded != grid else None
+        if shifted or hide_beyond:
             # A compiler fuses the making of the mask into its use and warns of caches.
-            make_mask = shift_mask if torch.compiler.is_compiling() else cached_shift_mask
-            mask = make_mask(padded, window, shift, tokens.device)  # windows, N, N
+            make_mask = attention_mask if torch.compiler.is_compiling() else cached_attention_mask
+            mask = make_mask(padded, window, shift, tokens.device, hide_beyond=hide_beyond)  # windows, N, N
         dropout = self.attention_dropout if self.training else 0.0
         attended = self.attend(query, key, value, bias, mask, dropout)
         tokens = window_reverse(attended, window, padded)
@@ -292,6 +320,7 @@ class SwinBlock(nn.Module):
         shifted: whether the windows are shifted by half a window.
         window_size: nominal window edge.
         window_shrink: what happens to windows larger than the grid; see `window_and_shift`.
+        mask_padding: whether the tokens that pad the grid are hidden from attention.
         dropout: dropout behind the projection and in the MLP.
         attention_dropout: dropout of the attention probabilities.
         drop_path: probability of dropping either residual branch for a sample.
@@ -305,6 +334,7 @@ class SwinBlock(nn.Module):
         shifted: bool,
         window_size: int,
         window_shrink: WindowShrink,
+        mask_padding: bool,
         dropout: float,
         attention_dropout: float,
         drop_path: float,
@@ -315,7 +345,12 @@ class SwinBlock(nn.Module):
         self.window_shrink: WindowShrink = window_shrink
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(
-            channels, num_heads, window_size=window_size, attention_dropout=attention_dropout, dropout=dropout
+            channels,
+            num_heads,
+            window_size=window_size,
+            mask_padding=mask_padding,
+            attention_dropout=attention_dropout,
+            dropout=dropout,
         )
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, dropout=dropout)
@@ -341,6 +376,7 @@ class SwinLayer(nn.Module):
         *,
         window_size: int,
         window_shrink: WindowShrink,
+        mask_padding: bool,
         dropout: float,
         attention_dropout: float,
         drop_path: float,
@@ -353,6 +389,7 @@ class SwinLayer(nn.Module):
                 shifted=shifted,
                 window_size=window_size,
                 window_shrink=window_shrink,
+                mask_padding=mask_padding,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 drop_path=drop_path,

@@ -7,15 +7,14 @@ instead: `get_plans_for_configuration` (PCT-Net, with patch and batch size by th
 2D data first), `save_plans` (no 2D configuration; shares the preprocessed cases of nnU-Net's default plans).
 """
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.paths import nnUNet_preprocessed
@@ -24,11 +23,11 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3
-from nnunetv2_misfm.architectures.pct_net import TRANSFORMER_LEVELS, PCTNet
+from nnunetv2_misfm.architectures.pct_net import PCTNet, default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.memory import training_memory
 from nnunetv2_misfm.trainers.five_levels import five_level_strides
-from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, num_heads
+from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 
 PLANS_NAME = "nnUNetPCTNetPlans"
 DEFAULT_PLANS_NAME = "nnUNetPlans"
@@ -142,10 +141,11 @@ class PCTNetPlanner(ExperimentPlanner):
 
     def network_arguments(self, strides: list[list[int]]) -> dict[str, Any]:
         """Returns all arguments of the network but channels and classes, so that no later default changes it."""
-        heads = [num_heads(self.features_per_stage[level]) for level in TRANSFORMER_LEVELS]
-        with torch.device("meta"):
-            network = PCTNet(1, 1, features_per_stage=self.features_per_stage, strides=strides, num_heads=heads)
-        return json.loads(json.dumps(asdict(network.layout)))  # lists for tuples
+        parameters = inspect.signature(PCTNet).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "deep_supervision"}
+        heads = default_num_heads(self.features_per_stage)
+        planned = {"features_per_stage": self.features_per_stage, "strides": strides, "num_heads": heads}
+        return json.loads(json.dumps(defaults | planned))  # lists for tuples
 
     def estimate(self, patch_size: Size3, strides: list[list[int]], batch_size: int) -> int:
         """Returns the peak memory of a training step in bytes (half precision, Adam), from a trace of it."""
@@ -185,9 +185,9 @@ class PCTNetPlanner(ExperimentPlanner):
         needed = self.estimate(*smallest, batch_size)
         if needed > self.budget:
             raise MisfmError(
-                f"expected a GPU of at least {needed / GIB / (1 - HEADROOM):.1f} GB for {self.dataset_name} (smallest "
-                f"patch {times(smallest[0])}, batch {batch_size}), got {self.UNet_vram_target_GB:g}: raise "
-                "--gpu-memory-gb."
+                f"expected a GPU of at least {math.ceil(10 * needed / GIB / (1 - HEADROOM)) / 10:g} GB for "
+                f"{self.dataset_name} (smallest patch {times(smallest[0])}, batch {batch_size}), got "
+                f"{self.UNet_vram_target_GB:g}: raise --gpu-memory-gb."
             )
         return next((candidate for candidate in larger if self.fits(*candidate, batch_size)), smallest)
 

@@ -5,20 +5,11 @@ MIS-FM (Wang et al., arXiv:2306.16925), section on PCT-Net; the network itself i
 
 from typing import Any, ClassVar
 
-from nnunetv2_misfm.architectures.pct_net import TRANSFORMER_LEVELS
+from nnunetv2_misfm.architectures.pct_net import default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer
 from nnunetv2_misfm.trainers.recipe import Recipe
-
-# Channels of an attention head at every level of the released network; narrower networks get fewer heads
-CHANNELS_PER_HEAD = 32
-
-
-def num_heads(channels: int) -> int:
-    """Returns the most attention heads of at least 32 channels each that divide the channels (one for fewer)."""
-    most = max(1, channels // CHANNELS_PER_HEAD)
-    return max(heads for heads in range(1, most + 1) if channels % heads == 0)
 
 
 class nnUNetTrainerPCTNet(FiveLevelTrainer):  # noqa: N801 - nnU-Net's convention for trainers
@@ -42,13 +33,14 @@ class nnUNetTrainerPCTNet(FiveLevelTrainer):  # noqa: N801 - nnU-Net's conventio
     def recipe_arguments(
         cls, recipe: Recipe, planned: dict[str, Any], features_per_stage: tuple[int, ...]
     ) -> dict[str, Any]:
-        """Returns the recipe's attention dropout, and heads of 32 channels where the plans have none for the widths."""
+        """Returns attention heads and dropout: the recipe's, else the plans' for these widths, else the released."""
         arguments: dict[str, Any] = {}
         if recipe.attention_dropout is not None:
             arguments["attention_dropout"] = recipe.attention_dropout
-        if planned.get("features_per_stage") != list(features_per_stage) or "num_heads" not in planned:
-            widths = features_per_stage[TRANSFORMER_LEVELS[0] :]
-            arguments["num_heads"] = [num_heads(channels) for channels in widths]
+        if recipe.num_heads is not None:
+            arguments["num_heads"] = list(recipe.num_heads)
+        elif planned.get("features_per_stage") != list(features_per_stage) or "num_heads" not in planned:
+            arguments["num_heads"] = default_num_heads(features_per_stage)
         return arguments
 
     def initialize(self) -> None:

@@ -35,6 +35,8 @@ class Recipe:
             with `nnUNet_n_proc_DA=0`, since the order in which data workers deliver is not fixed.
         features_per_stage: Channels per level of the networks of this package; None is their default. The plans'
             networks take theirs from nnU-Net's own `architecture`.
+        num_heads: Attention heads of PCT-Net's levels 2, 3 and 4; None is the released 4, 8, 16 where they divide the
+            channels.
         attention_dropout: Dropout of PCT-Net's attention probabilities; None is the network's default.
         pretrained_weights: Checkpoint file that a fine-tuning trainer starts from.
         transfer: What moves over at fine-tuning: `all` (but the heads) or only the `encoder`.
@@ -50,6 +52,7 @@ class Recipe:
     augmentation: Literal["nnunet", "flips"] = "nnunet"
     seed: int | None = None
     features_per_stage: tuple[int, ...] | None = None
+    num_heads: tuple[int, int, int] | None = None
     attention_dropout: float | None = None
     pretrained_weights: str | None = None
     transfer: Literal["all", "encoder"] = "all"
@@ -59,6 +62,8 @@ class Recipe:
             require(0 < getattr(self, key) < math.inf, key, "a number above 0", getattr(self, key))
         require(0 <= self.weight_decay < math.inf, "weight_decay", "a number of at least 0", self.weight_decay)
         require(self.seed is None or 0 <= self.seed < 2**31, "seed", "from 0 to 2147483647", self.seed)
+        heads = self.num_heads
+        require(heads is None or min(heads) > 0, "num_heads", "positive numbers", heads)
         rate = self.attention_dropout
         require(rate is None or 0 <= rate < 1, "attention_dropout", "in [0, 1)", rate)
         widths = self.features_per_stage

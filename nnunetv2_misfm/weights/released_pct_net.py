@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.architectures.pct_net import NUM_LEVELS, TRANSFORMER_LEVELS, PCTNet
+from nnunetv2_misfm.architectures.pct_net import NUM_LEVELS, TRANSFORMER_LEVELS, PCTNet, default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.weights.released import (
     MISFM_CITATION,
@@ -35,8 +35,6 @@ NAME = "PCT-Net"
 DEFAULT_FEATURES = (24, 48, 128, 256, 512)
 # The mode of the authors' demonstrations
 DEMO_MODE = 1
-# Channels of an attention head in the released network, and in what the trainers build
-CHANNELS_PER_HEAD = 32
 _COUNTER = "num_batches_tracked"
 _TABLE = "relative_position_bias_table"
 _INDEX = "relative_position_index"
@@ -264,10 +262,10 @@ def _notes(found: PCTNetFile) -> list[str]:
         f'into the middle of a full one; PCTNet(window_shrink="cube") computes as the released network does there'
         for level, edge in shrunken.items()
     ]
-    widths = found.features_per_stage[TRANSFORMER_LEVELS[0] :]
-    if any(h * CHANNELS_PER_HEAD != c for h, c in zip(found.num_heads, widths, strict=True)):
+    heads = default_num_heads(found.features_per_stage)
+    if list(found.num_heads) != heads:
         notes.append(
-            f"its attention has {list(found.num_heads)} heads, the trainers give one per {CHANNELS_PER_HEAD} channels: "
-            "bias tables will start afresh unless the plans name PCTNet with these num_heads"
+            f"its attention has {list(found.num_heads)} heads, the trainers' has {heads} by default: bias tables start "
+            f"afresh unless the configuration has num_heads={list(found.num_heads)} (nnUNetv2_misfm configure)"
         )
     return notes + width_note(found.features_per_stage, DEFAULT_FEATURES)

@@ -11,9 +11,9 @@ from nnunetv2_misfm.architectures.window_attention import (
     Size3,
     SwinLayer,
     WindowAttention,
-    cached_shift_mask,
+    attention_mask,
+    cached_attention_mask,
     relative_position_index,
-    shift_mask,
     window_and_shift,
     window_partition,
     window_reverse,
@@ -149,7 +149,7 @@ def test_attention_is_that_of_a_slow_loop_over_token_pairs(grid: Size3, window: 
     [((6, 4, 4), (3, 2, 2), (1, 1, 1)), ((2, 6, 4), (2, 3, 2), (0, 1, 1)), ((4, 4, 4), (4, 4, 4), (0, 0, 0))],
 )
 def test_the_mask_parts_the_tokens_whose_distance_the_shift_changed(grid: Size3, window: Size3, shift: Size3) -> None:
-    mask = shift_mask(grid, window, shift, CPU)
+    mask = attention_mask(grid, window, shift, CPU)
     groups = windows_of(grid, window, shift)
     assert mask.shape == (len(groups), math.prod(window), math.prod(window))
     for index, key in enumerate(sorted(groups)):
@@ -158,15 +158,15 @@ def test_the_mask_parts_the_tokens_whose_distance_the_shift_changed(grid: Size3,
 
 
 def test_a_mask_is_made_once_and_serves_training_after_prediction() -> None:
-    cached_shift_mask.cache_clear()
+    cached_attention_mask.cache_clear()
     module = attention(window_size=2).train().requires_grad_(True)
     tokens = torch.randn(1, 4, 4, 4, 4, dtype=torch.float64)
     with torch.inference_mode():
         module(tokens, (2, 2, 2), (1, 1, 1))
     module(tokens, (2, 2, 2), (1, 1, 1)).sum().backward()
     assert module.relative_position_bias_table.grad is not None
-    assert cached_shift_mask.cache_info().misses == 1
-    mask = cached_shift_mask((4, 4, 4), (2, 2, 2), (1, 1, 1), CPU)
+    assert cached_attention_mask.cache_info().misses == 1
+    mask = cached_attention_mask((4, 4, 4), (2, 2, 2), (1, 1, 1), CPU)
     assert not mask.is_inference() and not mask.requires_grad
 
 

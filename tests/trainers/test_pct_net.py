@@ -7,9 +7,11 @@ from conftest import Workspace
 from toy import toy_architecture, toy_dataset_json
 
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.pct_net import default_num_heads
+from nnunetv2_misfm.architectures.window_attention import WindowAttention
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.five_levels import five_level_strides
-from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet, num_heads
+from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 
 
 def plan_strides(num_stages: int, *shallow: tuple[int, int, int]) -> list[list[int]]:
@@ -96,7 +98,7 @@ def write_previous_stage(workspace: Workspace, trainer: Any) -> None:
 
 
 def test_defaults_are_the_released_widths_and_adam(workspace: Workspace) -> None:
-    trainer = workspace.trainer(nnUNetTrainerPCTNet, {"features_per_stage": None})
+    trainer = workspace.trainer(nnUNetTrainerPCTNet, {"features_per_stage": None, "num_heads": None})
     description = trainer.network_description(trainer.plans_manager, trainer.configuration_manager)
     assert description["kwargs"]["features_per_stage"] == [24, 48, 128, 256, 512]
     assert description["kwargs"]["num_heads"] == [4, 8, 16]
@@ -106,9 +108,18 @@ def test_defaults_are_the_released_widths_and_adam(workspace: Workspace) -> None
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(128, 4), (512, 16), (100, 2), (16, 1), (33, 1), (200, 5)])
-def test_heads_have_at_least_32_channels_and_divide(channels: int, heads: int) -> None:
-    assert num_heads(channels) == heads
+@pytest.mark.parametrize(
+    ("widths", "heads"), [([128, 256, 512], [4, 8, 16]), ([32, 64, 128], [4, 8, 16]), ([6, 12, 33], [3, 6, 11])]
+)
+def test_heads_are_the_released_ones_or_the_most_below_that_divide(widths: list[int], heads: list[int]) -> None:
+    assert default_num_heads([8, 8, *widths]) == heads
+
+
+def test_recipe_sets_heads_and_attention_dropout(workspace: Workspace) -> None:
+    trainer = workspace.trainer(nnUNetTrainerPCTNet, {"num_heads": [2, 4, 8], "attention_dropout": 0.5})
+    trainer.initialize()
+    attention = [m for m in trainer.bare_network.modules() if isinstance(m, WindowAttention)]
+    assert {(m.num_heads, m.attention_dropout) for m in attention} == {(2, 0.5), (4, 0.5), (8, 0.5)}
 
 
 def test_batch_norm_without_a_second_value_is_refused(workspace: Workspace) -> None:

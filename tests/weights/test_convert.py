@@ -128,6 +128,8 @@ def test_account_says_what_was_found_taken_left_out_and_how_it_is_used(
         "another\n"
         "mapped 404 tensors; left out: 260 of the other resolution branches, 10 of LayerNorms that the released "
         "network never uses, 10 buffers of position indices, which are computed\n"
+        "note: its attention has [2, 2, 1] heads, the trainers' has [4, 8, 16] by default: bias tables start afresh "
+        "unless the configuration has num_heads=[2, 2, 1] (nnUNetv2_misfm configure)\n"
         "note: the trainers' networks have [24, 48, 128, 256, 512] channels by default: first run nnUNetv2_misfm "
         "configure -d DATASET -c 3d_fullres --name NAME features_per_stage=[24,48,64,64,32] and train NAME\n"
         f"wrote {out}\n"
