@@ -48,7 +48,7 @@ class Dropout(nn.Module):
         """Maps a tensor to one of the same shape."""
         if not self.training or self.probability == 0:
             return x
-        if x.device.type == "cuda" or torch.compiler.is_compiling():  # drawn in parallel there
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # drawn in parallel there
             return functional.dropout(x, self.probability)
         return _Dropout.apply(x, self.probability)
 

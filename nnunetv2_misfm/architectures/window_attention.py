@@ -235,10 +235,11 @@ class WindowAttention(nn.Module):
         index = index[:wd, :wh, :ww, :wd, :wh, :ww].reshape(-1)
         return self.relative_position_bias_table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1)
 
-    @staticmethod
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
+    ) -> Tensor:
         """Attention within windows, by whatever does not store its matrix; see `cpu_attention.attend`."""
-        if query.device.type != "cuda" and not torch.compiler.is_compiling():
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
             return cpu_attention.attend(query, key, value, bias, mask, dropout)
         # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked bias
         # of its own, of which the batch shares one copy.

@@ -1,0 +1,80 @@
+"""PCT-Net made to work as the released code does, for comparison of time and memory; the values stay the same.
+
+Undone are: the cached masks (made anew in every forward pass of every layer, shifted or not), the attention without its
+matrix (stored, with dropout as a module of its own), the cheap dropout, the function of norm and activation that stores
+one tensor, and the memory layout of the convolutions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.anisotropy import Size3
+from nnunetv2_misfm.architectures.convolution import Convolution
+from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.norm_act import NormAct
+from nnunetv2_misfm.architectures.window_attention import WindowAttention, attention_mask, padded_grid
+
+
+class ReferenceDropout(Dropout):
+    """PyTorch's dropout on every device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps a tensor to one of the same shape."""
+        return functional.dropout(x, self.probability, self.training)
+
+
+class ReferenceNormAct(NormAct):
+    """The two modules one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, D, H, W) to the same shape."""
+        return self.act(self.norm(x))
+
+
+class ReferenceAttention(WindowAttention):
+    """Attention whose matrix is stored for every step."""
+
+    def forward(self, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
+        """Attends as `WindowAttention` does, after making the mask that the released layer makes in every pass."""
+        padded = padded_grid((tokens.shape[1], tokens.shape[2], tokens.shape[3]), window)
+        half: Size3 = (window[0] // 2, window[1] // 2, window[2] // 2)
+        self.mask = attention_mask(padded, window, half, tokens.device)
+        return super().forward(tokens, window, shift)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Attention within windows: scores, bias, mask, softmax, dropout and product, one tensor each."""
+        num_heads, tokens = bias.shape[0], query.shape[2]
+        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+        scores = scores.view(query.shape[0], -1, num_heads, tokens, tokens) + bias
+        if mask is not None:
+            scores = scores + self.mask[:, None]
+        weights = functional.dropout(scores.softmax(-1), dropout)
+        return weights.view(*query.shape[:3], tokens).to(value.dtype) @ value
+
+
+REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
+    Dropout: ReferenceDropout,
+    NormAct: ReferenceNormAct,
+    WindowAttention: ReferenceAttention,
+    Convolution: nn.Conv3d,
+}
+
+
+def reference_pct_net(network: PCTNet) -> PCTNet:
+    """Returns the same network, its modules replaced in place by their references; the state dict is unchanged."""
+    for module in network.modules():
+        if type(module) in REFERENCES:
+            module.__class__ = REFERENCES[type(module)]
+    return network
+
+
+def largest_difference(network: PCTNet, image: Tensor) -> float:
+    """Returns the largest difference between a network's outputs and its reference's, in evaluation."""
+    with torch.inference_mode():
+        outputs = network.eval()(image)
+        references = reference_pct_net(network)(image)
+    return max((a - b).abs().max().item() for a, b in zip(outputs, references, strict=True))
