@@ -207,9 +207,10 @@ def compare(options: argparse.Namespace) -> None:
         flops = count_flops(name, options)
         share = flops[1] / statistics.median(steps) / best
         cpu = statistics.median(t for run in runs for t in run["step"]["cpu"])
+        parameters = f"{runs[0]['step']['parameters'] / 1e6:.1f}"
         cells = [
             name, spread(steps), spread(ratios), f"{cpu:.1f}", f"{peaks[0]:.0f}", spread(forwards), f"{peaks[1]:.0f}",
-            f"{runs[0]['step']['parameters'] / 1e6:.1f}", f"{flops[0] / 1e9:.0f} / {flops[1] / 1e9:.0f}", f"{share:.0%}",
+            parameters, f"{flops[0] / 1e9:.0f} / {flops[1] / 1e9:.0f}", f"{share:.0%}",
         ]  # fmt: skip
         print(line(cells))
 

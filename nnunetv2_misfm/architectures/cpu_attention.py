@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from nnunetv2_misfm.architectures.dropout import kept, random_bytes, rounded
 
-# Entries of the attention matrix that are made at a time: 4 MB in float32 (measured: docs/performance.md)
-CHUNK_ENTRIES = 1 << 20
+# Entries of the attention matrix that are made at a time: 2 MB in float32 (measured: docs/performance.md)
+CHUNK_ENTRIES = 1 << 19
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

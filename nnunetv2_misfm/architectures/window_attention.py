@@ -239,7 +239,8 @@ class WindowAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         """Attention within windows, by whatever does not store its matrix; see `cpu_attention.attend`."""
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # PyTorch has a fused CPU kernel, but without gradients of the bias.
+        if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return cpu_attention.attend(query, key, value, bias, mask, dropout)
         # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked bias
         # of its own, of which the batch shares one copy.
