@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from reference_pct_net import reference_pct_net
+from reference_pct_net import REFERENCES, reference_pct_net
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,6 +55,9 @@ UNET: dict[str, Any] = {
     "deep_supervision": False,
 }
 NETWORKS = ("PlainConvUNet", "PCTNet", "PCTNet reference", "FMUNet", "ResidualEncoderUNet")
+# What each measure is worth: PCT-Net with one kind of module as in the reference
+UNDONE = tuple(f"PCTNet with reference {module.__name__}" for module in REFERENCES)
+NO_ATTENTION_DROPOUT = "PCTNet without attention dropout"
 
 
 def build(name: str, options: argparse.Namespace) -> nn.Module:
@@ -68,14 +71,11 @@ def build(name: str, options: argparse.Namespace) -> nn.Module:
         return ResidualEncoderUNet(channels, num_classes=NUM_CLASSES, **blocks, **UNET)
     if name == "FMUNet":
         return FMUNet(channels, NUM_CLASSES, strides=strides, deep_supervision=False)
-    network = PCTNet(
-        channels,
-        NUM_CLASSES,
-        strides=strides,
-        deep_supervision=False,
-        attention_dropout=0.2 if options.attention_dropout is None else options.attention_dropout,
-    )
-    return reference_pct_net(network) if name == "PCTNet reference" else network
+    arguments = {"attention_dropout": 0.0} if name == NO_ATTENTION_DROPOUT else {}
+    network = PCTNet(channels, NUM_CLASSES, strides=strides, deep_supervision=False, **arguments)
+    if name == "PCTNet reference":
+        return reference_pct_net(network)
+    return reference_pct_net(network, name.rpartition(" ")[2]) if name in UNDONE else network
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -226,9 +226,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile every network")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--malloc", choices=("default", "tuned"), help="glibc's; without it the environment's")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="the first is the base")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(NETWORKS),
+        choices=(*NETWORKS, *UNDONE, NO_ATTENTION_DROPOUT),
+        help="the first is the base",
+    )
     parser.add_argument("--resolution-mode", type=int, default=1, choices=(0, 1, 2), help="of PCT-Net and FMUNet")
-    parser.add_argument("--attention-dropout", type=float, help="of PCT-Net (default: its own)")
     parser.add_argument("--repetitions", type=int, default=3, help="in every round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--child", help=argparse.SUPPRESS)

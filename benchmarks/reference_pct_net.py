@@ -64,10 +64,15 @@ REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def reference_pct_net(network: PCTNet) -> PCTNet:
-    """Returns the same network, its modules replaced in place by their references; the state dict is unchanged."""
+def reference_pct_net(network: PCTNet, only: str | None = None) -> PCTNet:
+    """Returns the same network, its modules replaced in place by their references; the state dict is unchanged.
+
+    Args:
+        network: The network.
+        only: Name of the one class of module to be replaced; None replaces all that have a reference.
+    """
     for module in network.modules():
-        if type(module) in REFERENCES:
+        if type(module) in REFERENCES and only in (None, type(module).__name__):
             module.__class__ = REFERENCES[type(module)]
     return network
 
