@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.architectures.window_attention import (
-    DropPath,
     Size3,
-    SwinLayer,
     WindowAttention,
     attention_mask,
     cached_attention_mask,
+    padded_grid,
     relative_position_index,
     window_and_shift,
     window_partition,
@@ -43,7 +42,11 @@ def are_neighbours(first: tuple[Size3, Size3], second: tuple[Size3, Size3]) -> b
 
 
 def slow_attention(module: WindowAttention, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
-    """Shifted-window attention of one sample (D, H, W, C), token pair by token pair."""
+    """Shifted-window attention of one sample (D, H, W, C), token pair by token pair.
+
+    Tokens that pad the grid are zeros, whose keys and values are the bias of their projection; under `mask_padding`
+    they are left out.
+    """
     grid, heads, full = tokens.shape[:3], module.num_heads, module.window_size
     head_dim = tokens.shape[-1] // heads
     padded = tuple(math.ceil(size / w) * w for size, w in zip(grid, window, strict=True))
@@ -52,7 +55,9 @@ def slow_attention(module: WindowAttention, tokens: Tensor, window: Size3, shift
     filled = np.zeros((*padded, tokens.shape[-1]))
     filled[: grid[0], : grid[1], : grid[2]] = tokens.numpy()
     attended = np.zeros_like(filled)
-    for group in windows_of(padded, window, shift).values():
+    for everyone in windows_of(padded, window, shift).values():
+        inside = [token for token in everyone if all(p < size for p, size in zip(token[1], grid, strict=True))]
+        group = inside if module.mask_padding else everyone
         projected = [(weight @ filled[origin] + bias).reshape(3, heads, head_dim) for _, origin in group]
         for (query_index, query), head in itertools.product(enumerate(group), range(heads)):
             logits = []
@@ -68,9 +73,11 @@ def slow_attention(module: WindowAttention, tokens: Tensor, window: Size3, shift
     return module.proj(kept)
 
 
-def attention(window_size: int, channels: int = 4, num_heads: int = 2) -> WindowAttention:
+def attention(window_size: int, *, mask_padding: bool = False) -> WindowAttention:
     torch.manual_seed(0)
-    module = WindowAttention(channels, num_heads, window_size=window_size, attention_dropout=0.2, dropout=0.2)
+    module = WindowAttention(
+        4, 2, window_size=window_size, mask_padding=mask_padding, attention_dropout=0.2, dropout=0.2
+    )
     torch.nn.init.normal_(module.relative_position_bias_table)
     return module.double().eval().requires_grad_(False)
 
@@ -126,6 +133,7 @@ def test_windows_are_cut_to_the_grid(grid: Size3, shrink: str, window: Size3, sh
     assert window_and_shift(grid, 6, shifted=False, shrink=shrink) == (window, (0, 0, 0))
 
 
+@pytest.mark.parametrize("mask_padding", [False, True], ids=["padding seen", "padding masked"])
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
     [
@@ -134,27 +142,62 @@ def test_windows_are_cut_to_the_grid(grid: Size3, shrink: str, window: Size3, sh
         ((2, 4, 5), (2, 3, 3), (0, 0, 0)),  # cut along one axis, padded along the others
         ((4, 5, 2), (3, 3, 2), (1, 1, 0)),  # the same, shifted where it is not cut
         ((6, 4, 3), (2, 2, 2), (1, 1, 1)),  # an even window, padded along the last axis
+        ((7, 4, 3), (3, 3, 3), (1, 1, 0)),  # a window of padding and what the shift carried there
         ((1, 1, 1), (1, 1, 1), (0, 0, 0)),
     ],
 )
-def test_attention_is_that_of_a_slow_loop_over_token_pairs(grid: Size3, window: Size3, shift: Size3) -> None:
-    module = attention(window_size=3)
+def test_attention_is_that_of_a_slow_loop_over_token_pairs(
+    grid: Size3, window: Size3, shift: Size3, mask_padding: bool
+) -> None:
+    module = attention(window_size=3, mask_padding=mask_padding)
     tokens = torch.randn(2, *grid, 4, dtype=torch.float64)
     expected = torch.stack([slow_attention(module, sample, window, shift) for sample in tokens])
     torch.testing.assert_close(module(tokens, window, shift), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["padding seen", "padding hidden"])
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
-    [((6, 4, 4), (3, 2, 2), (1, 1, 1)), ((2, 6, 4), (2, 3, 2), (0, 1, 1)), ((4, 4, 4), (4, 4, 4), (0, 0, 0))],
+    [
+        ((6, 4, 4), (3, 2, 2), (1, 1, 1)),
+        ((2, 6, 4), (2, 3, 2), (0, 1, 1)),
+        ((4, 4, 4), (4, 4, 4), (0, 0, 0)),
+        ((4, 5, 2), (3, 3, 2), (1, 1, 0)),
+        ((7, 1, 2), (3, 1, 2), (0, 0, 0)),
+    ],
 )
-def test_the_mask_parts_the_tokens_whose_distance_the_shift_changed(grid: Size3, window: Size3, shift: Size3) -> None:
-    mask = attention_mask(grid, window, shift, CPU)
-    groups = windows_of(grid, window, shift)
+def test_the_mask_parts_tokens_whose_distance_the_shift_changed_and_may_hide_padding(
+    grid: Size3, window: Size3, shift: Size3, hidden: bool
+) -> None:
+    padded = padded_grid(grid, window)
+    mask = attention_mask(padded, window, shift, CPU, hide_beyond=grid if hidden else None)
+    groups = windows_of(padded, window, shift)
     assert mask.shape == (len(groups), math.prod(window), math.prod(window))
     for index, key in enumerate(sorted(groups)):
-        for (i, first), (j, second) in itertools.product(enumerate(groups[key]), repeat=2):
-            assert mask[index, i, j] == (0 if are_neighbours(first, second) else -100)
+        for (i, query), (j, other) in itertools.product(enumerate(groups[key]), repeat=2):
+            hide = hidden and any(p >= size for p, size in zip(other[1], grid, strict=True))
+            assert mask[index, i, j] == (0 if are_neighbours(query, other) and not hide else -100)
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 1)])
+def test_where_the_grid_divides_masking_the_padding_changes_nothing(shift: Size3) -> None:
+    tokens = torch.randn(1, 4, 6, 2, 4, dtype=torch.float64)
+    seen, masked = (attention(2, mask_padding=mask_padding)(tokens, (2, 2, 2), shift) for mask_padding in (False, True))
+    assert torch.equal(seen, masked)
+
+
+def test_padding_takes_a_share_of_the_softmax_unless_masked() -> None:
+    tokens = torch.randn(1, 3, 1, 1, 4, dtype=torch.float64)
+    shares = []
+    for mask_padding in (False, True):
+        module = attention(2, mask_padding=mask_padding)
+        for layer, first in ((module.qkv, 8), (module.proj, 0)):  # the values are the tokens, those of padding zero
+            layer.weight[first:].zero_().fill_diagonal_(1)
+            layer.bias[first:].zero_()
+        last = module(tokens, (2, 1, 1), (0, 0, 0))[0, 2, 0, 0]  # shares its window with one token of padding
+        shares.append(last / tokens[0, 2, 0, 0])
+    assert ((shares[0] > 0.01) & (shares[0] < 0.99)).all()
+    assert (shares[1] == 1).all()
 
 
 def test_a_mask_is_made_once_and_serves_training_after_prediction() -> None:
@@ -170,49 +213,9 @@ def test_a_mask_is_made_once_and_serves_training_after_prediction() -> None:
     assert not mask.is_inference() and not mask.requires_grad
 
 
-def test_nothing_that_is_saved_depends_on_the_grid() -> None:
-    layer = SwinLayer(
-        8,
-        2,
-        window_size=3,
-        window_shrink="per_axis",
-        dropout=0.0,
-        attention_dropout=0.0,
-        drop_path=0.0,
-    )
-    shapes = {key: value.shape for key, value in layer.state_dict().items()}
-    assert shapes["blocks.0.attn.relative_position_bias_table"] == (5**3, 2)
-    assert not any("index" in key for key in shapes)
-    for grid in ((1, 2, 9), (3, 3, 3)):
-        assert layer(torch.randn(1, *grid, 8)).shape == (1, *grid, 8)
-    assert {key: value.shape for key, value in layer.state_dict().items()} == shapes
-
-
-def test_only_the_second_block_of_a_layer_shifts() -> None:
-    torch.manual_seed(0)
-    kwargs = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
-    layer = SwinLayer(4, 1, window_size=2, window_shrink="per_axis", **kwargs).eval()
-    tokens = torch.randn(1, 4, 4, 4, 4)
-    changed = tokens.clone()
-    changed[0, 0, 0, 0, 0] += 1
-    for block, reach in zip(layer.blocks, (8, 1), strict=True):  # a window of eight; alone in its corner
-        touched = (block(changed) - block(tokens)).abs().amax(dim=-1) > 1e-6
-        assert touched.sum() == reach
-
-
-def test_drop_path_keeps_or_drops_whole_samples() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(1000, 2, 3)
-    dropped = DropPath(0.2)(x)
-    assert set(dropped.unique().tolist()) == {0.0, 1.25}
-    assert torch.equal(dropped, dropped[:, :1, :1].expand_as(x))
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(DropPath(0.2).eval()(x), x)
-
-
 def test_dropout_acts_on_the_attention_probabilities_in_training_alone() -> None:
     module = attention(window_size=2)
-    module.proj_dropout.p = 0.0
+    module.proj_dropout.probability = 0.0
     tokens = torch.randn(1, 2, 2, 2, 4, dtype=torch.float64)
     still = module(tokens, (2, 2, 2), (0, 0, 0))
     assert torch.equal(module(tokens, (2, 2, 2), (0, 0, 0)), still)

@@ -14,6 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.cli import main
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning import pct_net_planner
 from nnunetv2_misfm.planning.configure import configure
@@ -316,6 +317,20 @@ def test_our_trainer_takes_the_network_of_the_plans(dataset: Callable) -> None:
     assert description["kwargs"] == planned.network_arch_init_kwargs
     narrow = nnUNetTrainerPCTNet.network_description(manager, manager.get_configuration("narrow"))["kwargs"]
     assert narrow == {**description["kwargs"], "features_per_stage": [4, 8, 6, 20, 36], "num_heads": [3, 5, 12]}
+
+
+@pytest.mark.usefixtures("linear_memory")
+def test_command_plans_each_dataset_and_stops_at_a_fault(dataset: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    base = dataset(shape=(10, 12, 9))
+    assert main(["plan", "-d", "801", NAME, "--gpu-memory-gb", "2", "--overwrite-plans-name", "mine"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("wrote")] == [f"wrote {base / 'mine.json'}"] * 2
+    assert " of 2 GB" in printed[1]
+    assert main(["plan", "-d", "802", "801"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "nnUNetv2_misfm plan: expected the number or name of a dataset, got '802'"
+    )
+    assert not (base / "nnUNetPCTNetPlans.json").exists()
 
 
 # Preprocessed cases
