@@ -5,8 +5,6 @@ dictionary of the child replaces the parent's whole), so the blocks written here
 """
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields
@@ -14,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS, VALID_NAME, find_plans, read_json, write_json
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer
@@ -29,19 +26,6 @@ _TRAINERS = [getattr(nnunetv2_misfm_trainers, name) for name in nnunetv2_misfm_t
 _METHODS = {trainer.method.method for trainer in _TRAINERS if trainer.method is not None}
 # Keys of a configuration that are not set by name: blocks, and what ties configurations together
 _STRUCTURE = (_ARCHITECTURE, "misfm", "inherits_from", "previous_stage", "next_stage")
-# nnU-Net's keys that change the preprocessed cases, which lie in the folder `data_identifier`
-_PREPROCESSING = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_seg",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg_kwargs",
-)
-# The name becomes a part of the results folder, which nnU-Net takes apart at double underscores
-_NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def configure(dataset: str, configuration: str, name: str, settings: Sequence[str], plans: str = "nnUNetPlans") -> Path:
@@ -63,7 +47,7 @@ def configure(dataset: str, configuration: str, name: str, settings: Sequence[st
             from which no network can be built; the plans are as before.
     """
     plans_file = find_plans(dataset, plans)
-    content = _read_json(plans_file)
+    content = read_json(plans_file)
     configurations = content["configurations"]
     if configuration not in configurations:
         raise MisfmError(
@@ -81,34 +65,13 @@ def configure(dataset: str, configuration: str, name: str, settings: Sequence[st
     read_recipes(entry.get("misfm"), Recipe())
     content["configurations"] = {**configurations, name: entry}
     _check_networks(PlansManager(content), name, entry)
-    _write_json(content, plans_file)
-    return plans_file
-
-
-def find_plans(dataset: str, plans: str = "nnUNetPlans") -> Path:
-    """Returns the plans file of a dataset, given by number or name.
-
-    Raises:
-        MisfmError: nnUNet_preprocessed is not set, or there is no such dataset or file.
-    """
-    if not nnUNet_preprocessed.is_set():
-        raise MisfmError("expected the environment variable nnUNet_preprocessed to name a folder, but it is not set.")
-    try:
-        dataset_name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split(". ")[0]  # nnU-Net goes on with a list of folders
-        raise MisfmError(f"expected the number or name of a dataset, got {dataset!r}: {reason}.") from error
-    plans_file = Path(str(nnUNet_preprocessed)) / dataset_name / f"{plans}.json"
-    if not plans_file.is_file():
-        raise MisfmError(
-            f"expected plans at {plans_file}, found none: run nnUNetv2_plan_and_preprocess -d {dataset} first."
-        )
+    write_json(content, plans_file)
     return plans_file
 
 
 def _check_name(name: str, configuration: str, configurations: dict[str, Any]) -> None:
     """Raises where a configuration may not be written under a name."""
-    if not _NAME.fullmatch(name):
+    if not VALID_NAME.fullmatch(name):
         raise MisfmError(
             "expected a --name of letters, digits, '.', '-' and single '_' that begins with a letter or digit, "
             f"got {name!r}."
@@ -149,7 +112,7 @@ def _merged(parent: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
                 f"unknown key {key!r}; known are {', '.join(sorted(common))} (misfm), those of "
                 f"{', '.join(sorted(_METHODS))} (method.key), {own} (nnU-Net) and {_ARCHITECTURE}.key."
             )
-    changed = [key for key in _PREPROCESSING if key in child]
+    changed = [key for key in PREPROCESSING_KEYS if key in child]
     if changed and child.get("data_identifier", parent["data_identifier"]) == parent["data_identifier"]:
         raise MisfmError(
             f"{changed[0]} asks for other preprocessed cases than those in {parent['data_identifier']}, so expected a "
@@ -209,25 +172,3 @@ def _check_networks(manager: PlansManager, name: str, entry: dict[str, Any]) -> 
                 trainer.build_network_architecture(manager, resolved, 1, 2)
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise MisfmError(f"{trainer.__name__} could not build its network from these settings: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise MisfmError(f"{path} is no JSON ({error}): mend it or plan again.") from error
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    """Replaces a JSON file atomically, so that an interrupted run leaves the former plans."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=4)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MisfmError(f"{path} could not be written ({error}); the former plans are intact.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3
 from nnunetv2_misfm.architectures.pct_net import PCTNet, default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.memory import training_memory
+from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS
 from nnunetv2_misfm.trainers.five_levels import five_level_strides
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 
@@ -48,16 +49,6 @@ MIN_EDGE = 16
 REFERENCE_EDGES = (32, 64)
 # What of plans and of a configuration decides how preprocessed cases look
 _PREPROCESSING_OF_PLANS = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
-_PREPROCESSING = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_seg",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg_kwargs",
-)
 
 
 def times(values: Sequence[float]) -> str:
@@ -82,7 +73,7 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float]) ->
     while True:
         _, pools, _, _, _ = get_pool_and_conv_props(spacing, size, NNUNET_MIN_FEATURE_MAP, NNUNET_MAX_POOLS)
         strides = five_level_strides([list(pool) for pool in pools])
-        divisor = np.prod(strides, axis=0)
+        divisor = np.prod(strides[:-1], axis=0)  # the deepest level has no head and may round up
         patch = (np.ceil(size / divisor) * divisor).astype(int)
         candidates.append((as_size3(patch.tolist()), strides))
         shrinkable = patch - divisor >= MIN_EDGE
@@ -254,7 +245,7 @@ class PCTNetPlanner(ExperimentPlanner):
         default = json.loads(default_file.read_text()) if default_file.is_file() else {"configurations": {}}
         for name, configuration in plans["configurations"].items():
             theirs = default["configurations"].get(name, {})
-            if _same(plans, default, _PREPROCESSING_OF_PLANS) and _same(configuration, theirs, _PREPROCESSING):
+            if _same(plans, default, _PREPROCESSING_OF_PLANS) and _same(configuration, theirs, PREPROCESSING_KEYS):
                 configuration["data_identifier"] = theirs["data_identifier"]
         super().save_plans(plans)
 

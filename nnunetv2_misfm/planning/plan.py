@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import re
 from pathlib import Path
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
@@ -20,9 +19,7 @@ from nnunetv2_misfm.planning.pct_net_planner import (
     PCTNetPlanner,
     times,
 )
-
-# The name becomes a part of the results folder, which nnU-Net takes apart at double underscores
-_NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
+from nnunetv2_misfm.planning.plans_file import VALID_NAME
 
 
 def plan(dataset: str, gpu_memory_gb: float = DEFAULT_GPU_MEMORY_GB, plans_name: str = PLANS_NAME) -> str:
@@ -73,7 +70,7 @@ def _find_dataset(dataset: str) -> str:
 
 def _check_plans_name(folder: Path, plans_name: str) -> None:
     """Raises where plans of another planner have the name, or where it makes no results folder."""
-    if not _NAME.fullmatch(plans_name):
+    if not VALID_NAME.fullmatch(plans_name):
         raise MisfmError(
             "expected a --overwrite-plans-name of letters, digits, '.', '-' and single '_' that begins with a letter "
             f"or digit, got {plans_name!r}."

@@ -12,7 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from toy import DATASET, toy_architecture, toy_plans
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.configure import configure, find_plans
+from nnunetv2_misfm.planning.configure import configure
+from nnunetv2_misfm.planning.plans_file import find_plans
 from nnunetv2_misfm.trainers.discovery.nnunetv2_misfm_trainers import (
     nnUNetTrainerBaseline,
     nnUNetTrainerPCTNet,

@@ -158,7 +158,7 @@ def test_every_candidate_divides_by_its_pools_and_keeps_sixteen_voxels_where_the
 ) -> None:
     candidates = patch_candidates(spacing, shape)
     for patch, strides in candidates:
-        divisors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+        divisors = [math.prod(stride[axis] for stride in strides[:-1]) for axis in range(3)]
         assert all(size % divisor == 0 for size, divisor in zip(patch, divisors, strict=True))
         assert all(size >= min(16, whole) for size, whole in zip(patch, shape, strict=True))
         assert strides[0] == [1, 1, 1] and strides[3:] == [[2, 2, 2]] * 2
