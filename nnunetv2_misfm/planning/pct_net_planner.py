@@ -61,7 +61,8 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float]) ->
 
     The first has nnU-Net's aspect: as many millimetres along each axis, cut to the median image. Then the axis that is
     longest against the median image loses voxels until every axis has about `MIN_EDGE` left (an axis along which images
-    are shorter keeps them all). An axis is a multiple of what its pools divide it by.
+    are shorter keeps them all). An axis is a multiple of what its pools divide it by, but for the last pool, to a level
+    without a head.
 
     Args:
         spacing: Target spacing (D, H, W) in mm.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from nnunetv2_misfm.architectures import cpu_attention
 from nnunetv2_misfm.architectures.norm_act import NormAct
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.window_attention import cached_attention_mask
@@ -113,8 +114,13 @@ def test_without_values_a_fetch_is_an_error() -> None:
 @pytest.mark.parametrize("mask_padding", [False, True])
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_on_an_accelerator_a_forward_pass_fetches_no_value(
-    request: pytest.FixtureRequest, device: str, mask_padding: bool, training: bool
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    mask_padding: bool,
+    training: bool,
 ) -> None:
+    monkeypatch.setattr(cpu_attention, "attend", None)
     net = tiny_net(mask_padding=mask_padding).train(training)
     request.getfixturevalue("values_out_of_reach")
     tensors: dict[str, Tensor] = dict(net.named_parameters()) | dict(net.named_buffers())
