@@ -16,8 +16,8 @@ OUTCOMES = 256
 
 
 def rounded(probability: float) -> float:
-    """The probability as a multiple of 1/256, which is what the CPU drops with."""
-    return round(probability * OUTCOMES) / OUTCOMES
+    """The probability as a multiple of 1/256, which is what the CPU drops with: 0, or 1/256 to 255/256."""
+    return min(max(round(probability * OUTCOMES), 1), OUTCOMES - 1) / OUTCOMES if probability else 0.0
 
 
 def random_bytes(shape: torch.Size, device: torch.device) -> Tensor:
@@ -29,7 +29,7 @@ def random_bytes(shape: torch.Size, device: torch.device) -> Tensor:
 
 def kept(draws: Tensor, probability: float, dtype: torch.dtype) -> Tensor:
     """1 for each draw that keeps its value and 0 for the others, a share of `rounded(probability)` of them."""
-    threshold = round(probability * OUTCOMES) - OUTCOMES // 2
+    threshold = int(rounded(probability) * OUTCOMES) - OUTCOMES // 2
     return torch.ge(draws, threshold, out=torch.empty(draws.shape, dtype=dtype, device=draws.device))
 
 

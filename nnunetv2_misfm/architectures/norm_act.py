@@ -22,7 +22,7 @@ class NormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, D, H, W) to the same shape."""
-        fused = self.training and x.device.type == "cpu" and x.dtype == torch.float32
+        fused = self.training and self.norm.training and x.device.type == "cpu" and x.dtype == torch.float32
         if not fused or torch.compiler.is_compiling():
             return self.act(self.norm(x))
         norm = self.norm

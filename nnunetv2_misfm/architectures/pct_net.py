@@ -16,7 +16,7 @@ Deliberately unlike the released code:
   released code never calls does not exist.
 - Of a segmentation head, only the class-dependent convolution is called `seg_layers`, the name that nnU-Net
   skips when it loads pretrained weights; the normalisation before it is `seg_norms` and is loaded.
-- Window attention: see window_attention.py.
+- Window attention: see window_attention.py and swin.py.
 
 Shape letters: B batch, C channels, D H W voxels in array order. Level l is the l-th resolution, 0 the finest.
 """
@@ -34,7 +34,7 @@ from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes,
 from nnunetv2_misfm.architectures.convolution import Convolution
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act import NormAct
-from nnunetv2_misfm.architectures.window_attention import SwinLayer, WindowShrink
+from nnunetv2_misfm.architectures.swin import SwinLayer, WindowShrink
 
 NUM_LEVELS = 5
 # Levels with a transformer branch; levels 0 and 1 are convolutions alone (released code, net/pct_net.py).
@@ -252,7 +252,7 @@ class PCTNet(nn.Module):
         num_heads: attention heads of levels 2, 3 and 4.
         window_size: edge of the attention window, in tokens.
         window_shrink: "per_axis" cuts a window along the axes where the grid is shorter than it; "cube" is the
-            released rule, see `window_attention.window_and_shift`.
+            released rule, see `swin.window_and_shift`.
         mask_padding: whether the tokens that fill up a grid to whole windows are hidden from attention. The released
             network lets them take part, and its weights were trained so.
         dropout_per_stage: dropout of each level (convolutions, tokens, projection and MLP), element-wise.

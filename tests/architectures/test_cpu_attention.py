@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import cpu_attention
-from nnunetv2_misfm.architectures.window_attention import Size3, WindowAttention
+from nnunetv2_misfm.architectures.anisotropy import Size3
+from nnunetv2_misfm.architectures.window_attention import WindowAttention
 
 BATCH, WINDOWS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 6, 4
 SCALE = 256 / 205  # of dropout with a probability of 0.2, rounded to 51/256

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnunetv2_misfm.architectures.window_attention import DropPath, SwinLayer
+from nnunetv2_misfm.architectures.swin import DropPath, SwinLayer
 
 
 def swin_layer(channels: int, *, num_heads: int, window_size: int) -> SwinLayer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnunetv2_misfm.architectures.swin import window_and_shift
 from nnunetv2_misfm.architectures.window_attention import (
     Size3,
     WindowAttention,
@@ -13,7 +14,6 @@ from nnunetv2_misfm.architectures.window_attention import (
     cached_attention_mask,
     padded_grid,
     relative_position_index,
-    window_and_shift,
     window_partition,
     window_reverse,
 )
