@@ -1,7 +1,7 @@
 """Time, memory and arithmetic of a training step and a forward pass, side by side in one run.
 
     python benchmarks/networks.py --size 1x1x64x128x128 --device cpu --threads 2
-    python benchmarks/networks.py --size 2x1x64x128x128 --device cuda --precision float16 --compile
+    python benchmarks/networks.py --device cuda --precision float16 --networks "PCTNet reference" "PCTNet compiled"
 
 Networks: PCT-Net, PCT-Net as the released code works (reference), FMUNet, and nnU-Net's PlainConvUNet and
 ResidualEncoderUNet. Every network runs in a process of its own, in rounds: each round runs all networks once, so that a
@@ -10,7 +10,8 @@ and without deep supervision. Figures: median (lowest to highest) over all round
 CPU seconds per step over the threads; peak memory (CPU: resident memory of the process, libraries included, that of the
 forward pass alone in a process of its own; CUDA: torch.cuda.max_memory_allocated); parameters; FLOPs (2 x MAC) by
 PyTorch's counter; and the rate as a share of the machine's ceiling, the best that a 3x3x3 convolution of 128 channels
-or a matrix product reached in this run. Ratios are to PlainConvUNet, by the medians, with the range of the rounds.
+or a matrix product reached in this run. Ratios are those of the medians within a round; "default" and "tuned" are
+settings of glibc's malloc.
 """
 
 import argparse
@@ -33,14 +34,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.weights.released import STRIDES
 
 NUM_CLASSES = 5
-# Resolution mode 1 of the released networks (the authors' demo), and nnU-Net's six stages
-STRIDES = {
-    0: [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
-    1: [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
-    2: [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
-}
 UNET: dict[str, Any] = {
     "n_stages": 6,
     "features_per_stage": [32, 64, 128, 256, 320, 320],
@@ -55,6 +51,9 @@ UNET: dict[str, Any] = {
     "deep_supervision": False,
 }
 NETWORKS = ("PlainConvUNet", "PCTNet", "PCTNet reference", "FMUNet", "ResidualEncoderUNet")
+COMPILED = " compiled"
+# glibc's variables: "tuned" keeps the memory of freed tensors
+MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}}
 # What each measure is worth: PCT-Net with one kind of module as in the reference
 UNDONE = tuple(f"PCTNet with reference {module.__name__}" for module in REFERENCES)
 NO_ATTENTION_DROPOUT = "PCTNet without attention dropout"
@@ -62,6 +61,7 @@ NO_ATTENTION_DROPOUT = "PCTNet without attention dropout"
 
 def build(name: str, options: argparse.Namespace) -> nn.Module:
     """Returns a network of its default widths."""
+    name = name.removesuffix(COMPILED)
     channels = int(options.size.split("x")[1])
     strides = STRIDES[options.resolution_mode]
     if name == "PlainConvUNet":
@@ -89,7 +89,9 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 def repeat(run: Callable[[], object], options: argparse.Namespace) -> list[tuple[float, float]]:
     """Returns wall and CPU seconds of every repetition after one that does not count."""
     times = []
-    for _ in range(options.repetitions + 1):
+    for repetition in range(options.repetitions + 1):
+        if options.device == "cuda" and repetition == 1:
+            torch.cuda.reset_peak_memory_stats()
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         if options.device == "cuda":
@@ -107,7 +109,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     batch, channels, *patch = map(int, options.size.split("x"))
     image = torch.randn(batch, channels, *patch, device=options.device)
     labels = torch.randint(NUM_CLASSES, (batch, *patch), device=options.device)
-    call = torch.compile(network) if options.compile else network
+    call = torch.compile(network) if name.endswith(COMPILED) else network
+    torch.backends.cudnn.benchmark = True  # as nnU-Net sets it
     half = options.precision != "float32"
 
     def forward() -> Tensor:
@@ -162,11 +165,8 @@ def child(options: argparse.Namespace, what: str, phase: str) -> dict[str, Any]:
     """Returns what a process of its own measures."""
     arguments = [word for word in sys.argv[1:] if word != "--child"]
     command = [sys.executable, __file__, *arguments, "--child", what, "--phase", phase]
-    environment = os.environ
-    if options.malloc:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-        if options.malloc == "tuned":
-            environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment |= MALLOC[options.malloc]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -195,8 +195,8 @@ def compare(options: argparse.Namespace) -> None:
             rounds[name].append({phase: child(options, name, phase) for phase in ("step", "forward")})
     base = rounds[options.networks[0]]
     columns = [
-        "network", "step s", f"ratio to {options.networks[0]} by round", "step CPU s", "step peak MB", "forward s",
-        "forward peak MB", "parameters M", "GFLOP forward / step", "share of ceiling",
+        "network", "malloc", "step s", f"ratio to {options.networks[0]} by round", "step CPU s", "step peak MB",
+        "forward s", "forward peak MB", "parameters M", "GFLOP forward / step", "share of ceiling",
     ]  # fmt: skip
     print(line(columns), line(["---"] * len(columns)), sep="\n")
     for name, runs in rounds.items():
@@ -209,8 +209,8 @@ def compare(options: argparse.Namespace) -> None:
         cpu = statistics.median(t for run in runs for t in run["step"]["cpu"])
         parameters = f"{runs[0]['step']['parameters'] / 1e6:.1f}"
         cells = [
-            name, spread(steps), spread(ratios), f"{cpu:.1f}", f"{peaks[0]:.0f}", spread(forwards), f"{peaks[1]:.0f}",
-            parameters, f"{flops[0] / 1e9:.0f} / {flops[1] / 1e9:.0f}", f"{share:.0%}",
+            name, options.malloc, spread(steps), spread(ratios), f"{cpu:.1f}", f"{peaks[0]:.0f}", spread(forwards),
+            f"{peaks[1]:.0f}", parameters, f"{flops[0] / 1e9:.0f} / {flops[1] / 1e9:.0f}", f"{share:.0%}",
         ]  # fmt: skip
         print(line(cells))
 
@@ -223,14 +223,13 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "float16", "bfloat16"), help="of autocast"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile every network")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--malloc", choices=("default", "tuned"), help="glibc's; without it the environment's")
+    parser.add_argument("--malloc", default="default", choices=tuple(MALLOC), help="glibc's")
     parser.add_argument(
         "--networks",
         nargs="+",
         default=list(NETWORKS),
-        choices=(*NETWORKS, *UNDONE, NO_ATTENTION_DROPOUT),
+        choices=(*NETWORKS, *(name + COMPILED for name in NETWORKS), *UNDONE, NO_ATTENTION_DROPOUT),
         help="the first is the base",
     )
     parser.add_argument("--resolution-mode", type=int, default=1, choices=(0, 1, 2), help="of PCT-Net and FMUNet")

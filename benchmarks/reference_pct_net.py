@@ -5,7 +5,6 @@ matrix (stored, with dropout as a module of its own), the cheap dropout, the fun
 one tensor, and the memory layout of the convolutions.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,8 +38,8 @@ class ReferenceAttention(WindowAttention):
     def forward(self, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
         """Attends as `WindowAttention` does, after making the mask that the released layer makes in every pass."""
         padded = padded_grid((tokens.shape[1], tokens.shape[2], tokens.shape[3]), window)
-        half: Size3 = (window[0] // 2, window[1] // 2, window[2] // 2)
-        self.mask = attention_mask(padded, window, half, tokens.device)
+        half = self.window_size // 2
+        attention_mask(padded, window, shift if any(shift) else (half, half, half), tokens.device)
         return super().forward(tokens, window, shift)
 
     def attend(
@@ -51,7 +50,7 @@ class ReferenceAttention(WindowAttention):
         scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
         scores = scores.view(query.shape[0], -1, num_heads, tokens, tokens) + bias
         if mask is not None:
-            scores = scores + self.mask[:, None]
+            scores = scores + mask[:, None]
         weights = functional.dropout(scores.softmax(-1), dropout)
         return weights.view(*query.shape[:3], tokens).to(value.dtype) @ value
 
@@ -75,11 +74,3 @@ def reference_pct_net(network: PCTNet, only: str | None = None) -> PCTNet:
         if type(module) in REFERENCES and only in (None, type(module).__name__):
             module.__class__ = REFERENCES[type(module)]
     return network
-
-
-def largest_difference(network: PCTNet, image: Tensor) -> float:
-    """Returns the largest difference between a network's outputs and its reference's, in evaluation."""
-    with torch.inference_mode():
-        outputs = network.eval()(image)
-        references = reference_pct_net(network)(image)
-    return max((a - b).abs().max().item() for a, b in zip(outputs, references, strict=True))

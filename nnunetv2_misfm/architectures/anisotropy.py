@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 
 Size3 = tuple[int, int, int]
+# Levels of PCT-Net and of FMUNet (released code)
+NUM_LEVELS = 5
 
 
 def as_size3(values: Sequence[int]) -> Size3:

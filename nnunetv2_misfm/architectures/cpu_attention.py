@@ -60,7 +60,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, bias, mask, *draws = ctx.saved_tensors
         grad = grad * (1 / (1 - rounded(ctx.dropout)))
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        grad_bias = torch.zeros_like(bias)
+        grad_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))  # sums many chunks
         for chunk, (sample, rows, windows) in enumerate(_chunks(query, bias)):
             q, k, v, g = (tensor[sample, rows] for tensor in (query, key, value, grad))
             grad_q, grad_k, grad_v = (tensor[sample, rows] for tensor in grads)
@@ -73,11 +73,11 @@ class _Attend(torch.autograd.Function):
                 used = keep.mul_(weights)
             torch.bmm(used.transpose(1, 2), g, out=grad_v)
             grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_bias += grad_logits.view(-1, *bias.shape).sum(0)
+            grad_bias += grad_logits.view(-1, *bias.shape).sum(0, dtype=grad_bias.dtype)
             torch.bmm(grad_logits, k, out=grad_q)
             torch.bmm(grad_logits.transpose(1, 2), q, out=grad_k)
         scale = query.shape[-1] ** -0.5
-        return grads[0].mul_(scale), grads[1].mul_(scale), grads[2], grad_bias, None, None
+        return grads[0].mul_(scale), grads[1].mul_(scale), grads[2], grad_bias.to(bias.dtype), None, None
 
 
 def _chunks(query: Tensor, bias: Tensor) -> Iterator[tuple[int, slice, slice]]:

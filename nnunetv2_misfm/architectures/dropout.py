@@ -37,7 +37,7 @@ class Dropout(nn.Module):
     """Element-wise dropout, in training alone; kept values are scaled by 1 / (1 - p).
 
     Args:
-        probability: p in [0, 1); on the CPU rounded to a multiple of 1/256.
+        probability: p in [0, 1); on the CPU rounded to a multiple of 1/256, from 1/256 to 255/256.
     """
 
     def __init__(self, probability: float) -> None:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
-from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS, Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.dropout import Dropout
 
-NUM_LEVELS = 5
 # Slope of every LeakyReLU below zero, and what the initialisation reckons with (released code)
 NEGATIVE_SLOPE = 0.01
 
@@ -81,7 +81,7 @@ def normalisation(channels: int) -> nn.InstanceNorm3d:
 
 def norm_act_conv(channels: int, conv: nn.Conv3d, dropout: float | None = None) -> nn.Sequential:
     """A convolution in pre-activation order; the activation overwrites the normalised tensor, which is its own."""
-    between = [] if dropout is None else [nn.Dropout(dropout)]
+    between = [] if dropout is None else [Dropout(dropout)]
     return nn.Sequential(normalisation(channels), nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True), *between, conv)
 
 

@@ -12,7 +12,8 @@ class NormAct(nn.Module):
     """BatchNorm, then a PReLU with one weight for all channels.
 
     Training on the CPU in float32 goes through one function that keeps nothing but its input and makes the normalised
-    values anew in the backward pass. The rest is left to the two modules, which a compiler fuses by itself.
+    values anew in the backward pass; hooks of `norm` and `act` are not called then. The rest is left to the two
+    modules, which a compiler fuses by itself.
     """
 
     def __init__(self, channels: int) -> None:
@@ -22,12 +23,13 @@ class NormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, D, H, W) to the same shape."""
-        fused = self.training and self.norm.training and x.device.type == "cpu" and x.dtype == torch.float32
-        if not fused or torch.compiler.is_compiling():
-            return self.act(self.norm(x))
         norm = self.norm
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
+        counter = norm.num_batches_tracked
+        common = norm.momentum is not None and x.numel() > x.shape[1]  # else PyTorch decides
+        fused = norm.training and x.device.type == "cpu" and x.dtype == torch.float32
+        if counter is None or not common or not fused or torch.compiler.is_compiling():
+            return self.act(norm(x))
+        counter.add_(1)
         buffers = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         return _NormAct.apply(x, norm.weight, norm.bias, self.act.weight, *buffers)
 

@@ -30,13 +30,12 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3, grid_sizes, kernel_sizes
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS, Size3, as_size3, grid_sizes, kernel_sizes
 from nnunetv2_misfm.architectures.convolution import Convolution
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act import NormAct
 from nnunetv2_misfm.architectures.swin import SwinLayer, WindowShrink
 
-NUM_LEVELS = 5
 # Levels with a transformer branch; levels 0 and 1 are convolutions alone (released code, net/pct_net.py).
 TRANSFORMER_LEVELS = (2, 3, 4)
 # Attention heads of these levels (released code)

@@ -12,7 +12,8 @@ Deliberately unlike the code that the MIS-FM authors released (net/transformer.p
   part of the table that it needs, so no entry of a state dict depends on the patch size and the other axes still
   shift. `window_shrink="cube"` gives the released rule: the shortest axis sets the window of all.
 - Masks are made once per grid, not in every forward pass; the index is made once per module and not saved.
-- The attention matrix is not stored: PyTorch's scaled_dot_product_attention on a GPU, cpu_attention.py on the CPU.
+- The attention matrix is not stored: PyTorch's scaled_dot_product_attention on a GPU, where shifted blocks keep one
+  masked bias per window for the whole batch, and cpu_attention.py on the CPU.
 
 Kept as released, because its weights were trained so: tokens are padded with zeros after the LayerNorm, at the
 far end of each axis, and padded tokens take part in the softmax (unless `mask_padding`).
@@ -190,14 +191,15 @@ class WindowAttention(nn.Module):
             return cpu_attention.attend(query, key, value, bias, mask, dropout)
         # Unshifted, windows count as samples and share one bias. Shifted, they count as heads, each with a masked bias
         # of its own, of which the batch shares one copy.
+        bias = bias.to(query.dtype)
         if mask is not None:
-            bias = (mask[:, None] + bias).flatten(0, 1)  # windows * h, N, N
+            bias = (mask.to(query.dtype)[:, None] + bias).flatten(0, 1)  # windows * h, N, N
         shape = (-1, bias.shape[0], *query.shape[2:])
         attended = functional.scaled_dot_product_attention(
             query.reshape(shape),
             key.reshape(shape),
             value.reshape(shape),
-            attn_mask=bias[None].to(query.dtype),
+            attn_mask=bias[None],
             dropout_p=dropout,
         )
         return attended.reshape(query.shape)

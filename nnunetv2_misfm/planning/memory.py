@@ -157,6 +157,10 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[3]:
+            # The bias' gradient is first made for every sample, its rows filled up to a multiple of 16 (ATen's source)
+            query = ctx.saved_tensors[0]
+            query.new_empty(*query.shape[:-1], (query.shape[-2] + 15) // 16 * 16)
         inputs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return tuple(torch.empty_like(tensor) if needed else None for tensor, needed in inputs)
 
@@ -191,7 +195,9 @@ def _trace_gpu(network: nn.Module, shape: Sequence[int], precision: Precision) -
         outputs = _as_list(network(images.to(dtype)))
         targets = empty_labels(outputs)
         nnunet_loss([logits.float() for logits in outputs], targets).backward()
-    return storages.peak
+    # Autocast's gradients are float32, as the weights are
+    missing = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in network.parameters())
+    return storages.peak + missing
 
 
 def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -32,6 +32,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_misfm.citations import NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import require_supported_nnunet
 from nnunetv2_misfm.trainers.halving_lr import HalvingLRScheduler
@@ -63,7 +64,7 @@ class MisfmTrainer(nnUNetTrainer):
     network: Any
     recipe_defaults: ClassVar[Recipe] = Recipe()
     method: ClassVar[type[MethodRecipe] | None] = None
-    citations: ClassVar[tuple[str, ...]] = ("Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021)",)
+    citations: ClassVar[tuple[str, ...]] = (NNUNET,)
 
     def __init__(
         self,

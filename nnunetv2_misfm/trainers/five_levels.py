@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_misfm.architectures.anisotropy import Size3, grid_sizes
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS, Size3, grid_sizes
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.trainers.recipe import Recipe
 
-NUM_LEVELS = 5
 # Weights of the four heads before they are normalised, finest first (the authors' PyMIC, DeepSuperviseLoss)
 HEAD_WEIGHTS = (1.0, 1 / 2, 1 / 4, 1 / 8)
 
@@ -29,6 +28,24 @@ def five_level_strides(plan_strides: list[list[int]]) -> list[list[int]]:
     shallow = [[int(s) for s in stride] for stride in plan_strides[1:3]]
     shallow += [[2, 2, 2]] * (2 - len(shallow))
     return [[1, 1, 1], *shallow, [2, 2, 2], [2, 2, 2]]
+
+
+def network_strides(configuration_manager: ConfigurationManager) -> list[list[int]]:
+    """Returns the strides of the five levels under a configuration's plans.
+
+    Raises:
+        MisfmError: The plans' network has no strides, or the first two pools have others than 1 and 2.
+    """
+    planned = configuration_manager.network_arch_init_kwargs.get("strides")
+    shallow = planned[1:3] if isinstance(planned, list) else [None]
+    num_axes = len(configuration_manager.patch_size)
+    if not all(isinstance(s, list | tuple) and len(s) >= num_axes and {*s} <= {1, 2} for s in shallow):
+        raise MisfmError(
+            "expected plans whose network has strides of 1 and 2 at its first two pools, which PCT-Net and FMUNet take "
+            f"over, got {configuration_manager.network_arch_class_name} with "
+            f"{'none' if planned is None else f'strides {planned}'}: use nnUNetPlans or run nnUNetv2_misfm plan."
+        )
+    return five_level_strides(planned)
 
 
 class FiveLevelTrainer(MisfmTrainer):
@@ -47,9 +64,10 @@ class FiveLevelTrainer(MisfmTrainer):
 
     @classmethod
     def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
-        """Raises NotImplementedError for a 2D configuration."""
+        """Raises NotImplementedError for a 2D configuration, MisfmError for plans without fitting strides."""
         super().check_configuration(configuration_manager)
         require_3d(configuration_manager, cls.__name__)
+        network_strides(configuration_manager)
 
     @classmethod
     def network_description(
@@ -70,7 +88,7 @@ class FiveLevelTrainer(MisfmTrainer):
         kwargs = {
             **planned,
             "features_per_stage": list(features),
-            "strides": five_level_strides(configuration_manager.pool_op_kernel_sizes),
+            "strides": network_strides(configuration_manager),
             **cls.recipe_arguments(recipe, planned, tuple(features)),
         }
         return {"class": cls.network_class, "kwargs": kwargs, "kwargs_to_import": []}
@@ -84,8 +102,7 @@ class FiveLevelTrainer(MisfmTrainer):
 
     def grid_sizes(self) -> list[Size3]:
         """Returns the grid (D, H, W) of each level for the plans' patch, finest first."""
-        strides = five_level_strides(self.configuration_manager.pool_op_kernel_sizes)
-        return grid_sizes(self.configuration_manager.patch_size, strides)
+        return grid_sizes(self.configuration_manager.patch_size, network_strides(self.configuration_manager))
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Returns the four heads' sizes as shares of the patch, instead of one per stage of the plans."""

@@ -7,8 +7,8 @@ MIS-FM (Wang et al., arXiv:2306.16925); the network itself is in architectures/f
 import math
 from typing import ClassVar
 
+from nnunetv2_misfm.citations import FMUNET, MISFM, NNUNET
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer
 from nnunetv2_misfm.trainers.recipe import Recipe
 
@@ -24,13 +24,7 @@ class nnUNetTrainerFMUNet(FiveLevelTrainer):  # noqa: N801 - nnU-Net's conventio
     # The released network's channels (FMUNet's default in the authors' code)
     default_features = (32, 64, 128, 256, 512)
     recipe_defaults: ClassVar[Recipe] = Recipe(optimizer="adam", initial_lr=1e-3, weight_decay=1e-5)
-    citations: ClassVar[tuple[str, ...]] = (
-        *MisfmTrainer.citations,
-        "Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale "
-        "Unannotated Dataset, arXiv:2306.16925 (2023)",
-        "Wang et al. on Volume Fusion and FMUNet, IEEE Transactions on Image Processing 34, 6041-6052 (2025), "
-        "DOI 10.1109/TIP.2025.3610249",
-    )
+    citations: ClassVar[tuple[str, ...]] = (NNUNET, MISFM, FMUNET)
 
     def initialize(self) -> None:
         """Initialises as usual, after a look at whether InstanceNorm can be trained.

@@ -6,8 +6,8 @@ MIS-FM (Wang et al., arXiv:2306.16925), section on PCT-Net; the network itself i
 from typing import Any, ClassVar
 
 from nnunetv2_misfm.architectures.pct_net import default_num_heads
+from nnunetv2_misfm.citations import MISFM, NNUNET
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer
 from nnunetv2_misfm.trainers.recipe import Recipe
 
@@ -23,11 +23,7 @@ class nnUNetTrainerPCTNet(FiveLevelTrainer):  # noqa: N801 - nnU-Net's conventio
     # The released network's channels (MIS-FM's configuration files)
     default_features = (24, 48, 128, 256, 512)
     recipe_defaults: ClassVar[Recipe] = Recipe(optimizer="adam", initial_lr=1e-3, weight_decay=1e-5)
-    citations: ClassVar[tuple[str, ...]] = (
-        *MisfmTrainer.citations,
-        "Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale "
-        "Unannotated Dataset, arXiv:2306.16925 (2023)",
-    )
+    citations: ClassVar[tuple[str, ...]] = (NNUNET, MISFM)
 
     @classmethod
     def recipe_arguments(

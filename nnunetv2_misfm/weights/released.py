@@ -19,11 +19,6 @@ STRIDES = {
     1: [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
     2: [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
 }
-NNUNET_CITATION = "Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021)"
-MISFM_CITATION = (
-    "Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale "
-    "Unannotated Dataset, arXiv:2306.16925 (2023)"
-)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.architectures.fmunet import NUM_LEVELS, FMUNet
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS
+from nnunetv2_misfm.architectures.fmunet import FMUNet
+from nnunetv2_misfm.citations import FMUNET, MISFM, NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.weights.released import (
-    MISFM_CITATION,
-    NNUNET_CITATION,
     STRIDES,
     Conversion,
     finite_float32,
@@ -29,10 +29,6 @@ from nnunetv2_misfm.weights.released import (
 NAME = "FMUNet"
 # The released code's own defaults, those of the trainers too
 DEFAULT_FEATURES, DEFAULT_DEPTH = (32, 64, 128, 256, 512), 2
-CITATION = (
-    "Wang et al. on Volume Fusion and FMUNet, IEEE Transactions on Image Processing 34, 6041-6052 (2025), "
-    "DOI 10.1109/TIP.2025.3610249"
-)
 _DEPTH_NOTE = "its blocks have {} convolutions, the trainers' have 2: let the plans name FMUNet with that depth"
 _BLOCK = re.compile(r"encoder\.en_conv0\.conv_list\.\d+\.0\.weight")
 
@@ -91,7 +87,7 @@ def convert(
         taken=f"took resolution mode {mode}, {pools(mode)}: the one that its kernels are made for",
         notes=width_note(features, DEFAULT_FEATURES) + [_DEPTH_NOTE.format(depth)] * (depth != DEFAULT_DEPTH),
         facts={},
-        citations=[NNUNET_CITATION, MISFM_CITATION, CITATION],
+        citations=[NNUNET, MISFM, FMUNET],
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.architectures.pct_net import NUM_LEVELS, TRANSFORMER_LEVELS, PCTNet, default_num_heads
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS
+from nnunetv2_misfm.architectures.pct_net import TRANSFORMER_LEVELS, PCTNet, default_num_heads
+from nnunetv2_misfm.citations import MISFM, NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.weights.released import (
-    MISFM_CITATION,
-    NNUNET_CITATION,
     STRIDES,
     Conversion,
     finite_float32,
@@ -116,7 +116,7 @@ def convert(
         taken=f"took resolution mode {mode}, {pools(mode)}: {taken}",
         notes=_notes(found),
         facts={"windows": list(found.windows), "batches_tracked": [found.batches[m] for m in sorted(found.batches)]},
-        citations=[NNUNET_CITATION, MISFM_CITATION],
+        citations=[NNUNET, MISFM],
     )
 
 

@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.architectures.pct_net import NUM_LEVELS, TRANSFORMER_LEVELS, PCTNet
+from nnunetv2_misfm.architectures.anisotropy import NUM_LEVELS
+from nnunetv2_misfm.architectures.pct_net import TRANSFORMER_LEVELS, PCTNet
 
 # Edge of a window that was not shrunk (released code)
 WINDOW = 6

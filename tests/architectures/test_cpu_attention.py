@@ -226,3 +226,17 @@ def test_compiled_it_gives_the_same() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention(mask_padding=True), backend="eager", fullgraph=True)
     torch.testing.assert_close(output_and_gradients(compiled, grid, shift), expected)
+
+
+def test_gradient_of_the_bias_in_half_precision_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    windows, heads, tokens = 200, 2, 8
+    query, key, value, grad = (torch.randn(1, windows * heads, tokens, 4, generator=generator) for _ in range(4))
+    gradients = []
+    for entries in (heads * tokens**2, windows * heads * tokens**2):
+        monkeypatch.setattr(cpu_attention, "CHUNK_ENTRIES", entries)
+        bias = torch.zeros(heads, tokens, tokens, dtype=torch.bfloat16, requires_grad=True)
+        inputs = (query.bfloat16(), key.bfloat16(), value.bfloat16())
+        cpu_attention.attend(*inputs, bias, None, 0.0).backward(grad.bfloat16())
+        gradients.append(bias.grad.float())
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()

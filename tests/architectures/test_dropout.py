@@ -140,3 +140,9 @@ def test_the_input_is_not_altered() -> None:
 
 def test_it_prints_its_probability() -> None:
     assert repr(Dropout(0.2)) == "Dropout(p=0.2)"
+
+
+@pytest.mark.parametrize(("probability", "dropped"), [(1e-4, 1), (0.9999, 255)])
+def test_extreme_probabilities_drop_some_and_keep_some(probability: float, dropped: int) -> None:
+    assert rounded(probability) == dropped / 256
+    assert torch.isfinite(Dropout(probability)(torch.ones(100))).all()

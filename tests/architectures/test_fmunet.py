@@ -9,6 +9,7 @@ from torch.nn.functional import conv3d
 
 from nnunetv2_misfm.architectures import FMUNet
 from nnunetv2_misfm.architectures.anisotropy import grid_sizes
+from nnunetv2_misfm.architectures.dropout import Dropout
 
 POOL, FLAT = (2, 2, 2), (1, 2, 2)
 MODES = {
@@ -227,7 +228,7 @@ def test_weights_start_as_released() -> None:
 
 
 def test_dropout_stands_before_each_convolution_of_the_three_deep_levels() -> None:
-    rates = {name: m.p for name, m in tiny_net().named_modules() if isinstance(m, nn.Dropout)}
+    rates = {name: m.probability for name, m in tiny_net().named_modules() if isinstance(m, Dropout)}
     assert len(rates) == 2 * 5 * 2
     for name, rate in rates.items():
         level = int(name.split("_conv", 1)[1][0])

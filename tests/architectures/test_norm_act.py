@@ -174,3 +174,29 @@ def test_entries_of_the_state_dict_are_those_of_the_two_modules_also_in_a_copy()
     assert torch.equal(twin(image()), made(image()))
     twin(image())
     assert (twin.norm.num_batches_tracked.item(), made.norm.num_batches_tracked.item()) == (9, 8)
+
+
+def test_frozen_batch_norm_stays_frozen_in_training() -> None:
+    made = module()
+    made.norm.eval()
+    before = copy.deepcopy(made.norm.state_dict())
+    with torch.no_grad():
+        expected = plain(made).eval()(image().double())
+    torch.testing.assert_close(made(image()), expected.float(), atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in made.norm.state_dict().items())
+
+
+def test_cumulative_average_and_untracked_statistics_are_left_to_pytorch() -> None:
+    made = module()
+    made.norm.momentum = None  # as torch.optim.swa_utils.update_bn sets it
+    expected = nn.BatchNorm3d(CHANNELS, momentum=None)
+    expected.load_state_dict(made.norm.state_dict())
+    made(image()), expected(image())
+    torch.testing.assert_close(made.norm.state_dict(), expected.state_dict())
+    made.norm = nn.BatchNorm3d(CHANNELS, track_running_stats=False)
+    made(image())
+
+
+def test_one_value_per_channel_is_refused_as_pytorch_does() -> None:
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        module()(torch.randn(1, CHANNELS, 1, 1, 1))

@@ -122,6 +122,18 @@ def test_recipe_sets_heads_and_attention_dropout(workspace: Workspace) -> None:
     assert {(m.num_heads, m.attention_dropout) for m in attention} == {(2, 0.5), (4, 0.5), (8, 0.5)}
 
 
+def test_network_with_the_default_heads_learns(workspace: Workspace) -> None:
+    trainer = workspace.trainer(nnUNetTrainerPCTNet, {"num_heads": None})
+    trainer.on_train_start()
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
+    trainer.network.train()
+    result = trainer.train_step(next(trainer.dataloader_train))
+    attention = [m for m in trainer.bare_network.modules() if isinstance(m, WindowAttention)]
+    assert {m.num_heads for m in attention} == {4, 8, 16}  # of the widths 8, 16, 32
+    assert np.isfinite(result["loss"])
+    assert not [name for name, p in trainer.network.named_parameters() if torch.equal(p, before[name])]
+
+
 def test_batch_norm_without_a_second_value_is_refused(workspace: Workspace) -> None:
     trainer = workspace.trainer(nnUNetTrainerPCTNet, batch_size=1)
     sentence = r"expected more than one value per channel .* got batch size 1 and patch \[16, 16, 16\]; raise either"
@@ -139,3 +151,33 @@ def test_2d_is_refused_at_once(workspace: Workspace) -> None:
     with pytest.raises(NotImplementedError, match="nnUNetTrainerPCTNet expected a 3D configuration"):
         workspace.trainer(nnUNetTrainerPCTNet, patch_size=[16, 16])
     assert not workspace.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("strides", "said"),
+    [
+        (None, "none"),
+        ([[1, 1, 1], [4, 4, 4], [2, 2, 2]], "strides .*4, 4, 4.*"),
+        ([[1, 1, 1], [2, 2, 2], [1, 3, 3]], "strides .*1, 3, 3.*"),
+        ([[1, 1], [2, 2], [2, 2]], "strides .*2, 2.*"),
+        ([1, 2, 2], "strides .*1, 2, 2.*"),
+    ],
+)
+def test_plans_without_fitting_pools_are_refused_at_once(workspace: Workspace, strides: list | None, said: str) -> None:
+    architecture = toy_architecture()
+    architecture["arch_kwargs"].pop("strides")
+    if strides:
+        architecture["arch_kwargs"]["strides"] = strides
+    sentence = (
+        f"expected plans whose network has strides of 1 and 2 .* got .*PlainConvUNet with {said}: use nnUNetPlans"
+    )
+    with pytest.raises(MisfmError, match=sentence) as refusal:
+        workspace.trainer(nnUNetTrainerPCTNet, architecture=architecture)
+    assert "\n" not in str(refusal.value) and not workspace.results.exists()
+
+
+def test_deeper_pools_of_the_plans_may_be_any(workspace: Workspace) -> None:
+    architecture = toy_architecture(strides=[[1, 1, 1], [2, 2, 2], [1, 2, 2], [4, 4, 4]])
+    trainer = workspace.trainer(nnUNetTrainerPCTNet, architecture=architecture)
+    kwargs = trainer.network_description(trainer.plans_manager, trainer.configuration_manager)["kwargs"]
+    assert kwargs["strides"] == [[1, 1, 1], [2, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]

@@ -1,0 +1,12 @@
+"""What to cite, as checkpoints record it."""
+
+NNUNET = "Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021)"
+MISFM = (
+    "Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale "
+    "Unannotated Dataset, arXiv:2306.16925 (2023)"
+)
+# The follow-up of MIS-FM: FMUNet, and the map of a grid of blocks
+FMUNET = (
+    "Wang et al. on Volume Fusion and FMUNet, IEEE Transactions on Image Processing 34, 6041-6052 (2025), "
+    "DOI 10.1109/TIP.2025.3610249"
+)
