@@ -11,6 +11,7 @@ import nnunetv2_misfm
 import nnunetv2_misfm.demo
 import nnunetv2_misfm.planning.adapt
 import nnunetv2_misfm.planning.configure
+import nnunetv2_misfm.planning.plan
 import nnunetv2_misfm.preview
 import nnunetv2_misfm.weights.convert
 from nnunetv2_misfm import installation
@@ -19,7 +20,7 @@ from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import Finding
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("path", "enable", "disable", "check", "configure", "preview", "convert", "demo")
+COMMANDS = ("path", "enable", "disable", "check", "configure", "plan", "preview", "convert", "demo")
 
 
 class Recorder:
@@ -64,6 +65,7 @@ def test_path_and_help_load_neither_torch_nor_nnunet() -> None:
     (["path", "now"], "unrecognized arguments: now"),
     (["configure", "-d", "4", "-c", "3d_fullres", "num_epochs=5"], "the following arguments are required: --name"),
     (["configure", "-d", "4", "-c", "3d_fullres", "--name", "x"], "the following arguments are required: key=value"),
+    (["plan"], "the following arguments are required: -d/--datasets"),
     (["preview", "-d", "4", "-c", "3d_fullres"], "the following arguments are required: -o/--output"),
     (["preview", "-d", "4", "-c", "3d_fullres", "-o", "x", "-n", "two"], "invalid int value: 'two'"),
     (["convert"], "the following arguments are required: FILE"),
@@ -153,6 +155,10 @@ def test_enable_and_disable_name_the_files(capsys: Capture, monkeypatch: pytest.
         (["configure", "--dataset", "Dataset004_A", "--configuration", "c", "--plans", "other", "--name", "x", "a=b=c"],
          nnunetv2_misfm.planning.configure, "configure", ("Dataset004_A", "c", "x", ["a=b=c"], "other"),
          "wrote configuration x (inherits from c) into done\n"),
+        (["plan", "-d", "4"],
+         nnunetv2_misfm.planning.plan, "plan", ("4", 8.0, "nnUNetPCTNetPlans"), "done\n"),
+        (["plan", "-d", "4", "--gpu-memory-gb", "11.5", "--overwrite-plans-name", "x"],
+         nnunetv2_misfm.planning.plan, "plan", ("4", 11.5, "x"), "done\n"),
         (["preview", "-d", "4", "-c", "3d_fullres", "-o", "a/b.png"],
          nnunetv2_misfm.preview, "preview", ("4", "3d_fullres", Path("a/b.png"), "nnUNetPlans", 2, 0), "done\n"),
         (["preview", "-d", "4", "-c", "x", "-o", "b.png", "-p", "other", "-n", "5", "--seed", "7"],
@@ -195,13 +201,13 @@ def test_convert_wants_dataset_and_configuration_together(capsys: Capture, optio
     assert capsys.readouterr() == ("", f"nnUNetv2_misfm convert: {said}\n")
 
 
-@pytest.mark.parametrize("command", ["configure", "preview", "convert", "demo"])
+@pytest.mark.parametrize("command", ["configure", "plan", "preview", "convert", "demo"])
 def test_unsupported_nnunet_is_told_before_anything_of_it_is_used(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(installation, "require_supported_nnunet", Recorder(MisfmError("nnunetv2 2.5 is installed.")))
     needed = {"configure": ["-d", "4", "-c", "c", "--name", "n", "a=1"], "preview": ["-d", "4", "-c", "c", "-o", "o"]}
-    needed["convert"] = ["f.pt"]
+    needed |= {"plan": ["-d", "4"], "convert": ["f.pt"]}
     assert main([command, *needed.get(command, [])]) == 2
     assert capsys.readouterr().err == f"nnUNetv2_misfm {command}: nnunetv2 2.5 is installed.\n"
 

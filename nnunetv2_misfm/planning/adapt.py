@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -22,7 +22,7 @@ from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.finetune import FinetuneTrainer
-from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer, five_level_strides
+from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer, network_strides
 from nnunetv2_misfm.weights.checkpoint import file_sha256, write_checkpoint
 from nnunetv2_misfm.weights.convert import (
     NNUNET,
@@ -40,6 +40,7 @@ from nnunetv2_misfm.weights.transfer import HEAD_MARK, TransferReport, transfer_
 _TRAINERS = {name: getattr(nnunetv2_misfm_trainers, name) for name in nnunetv2_misfm_trainers.__all__}
 # Of the values that the file does not give, so that the same command writes the same weights (ours)
 _SEED = 0
+_Stated = TypeVar("_Stated")
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,20 @@ def adapt(
     output = output_path(file, output, f"{file.stem}__{manager.dataset_name}__{plans}__{configuration}.pth")
     source = read_source(file)
     conversion, weights, meta = _converted(source, manager, configuration, resolution_mode)
-    given = meta.get("network", {})
+    given: dict[str, Any] = _stated(file, meta, "network", {})
+    num_source_label_channels = _stated(file, given, "label_channels", 0)
     scratch = _scratch_trainer(given.get("class"))
+    trained_by = conversion.trainer if conversion else _stated(file, source.rest, "trainer_name", scratch.__name__)
     network, description = _target(scratch, manager, configuration, plans_file)
     try:
         report = transfer_weights(
             weights,
             network,
             num_label_channels=description["label_channels"],
-            num_source_label_channels=given.get("label_channels", 0),
+            num_source_label_channels=num_source_label_channels,
         )
     except MisfmError as error:
         raise MisfmError(f"{file} for {manager.dataset_name}, {plans}, {configuration}: {error}") from error
-    trained_by = conversion.trainer if conversion else source.rest.get("trainer_name", scratch.__name__)
     target = {"dataset": manager.dataset_name, "plans": plans, "configuration": configuration}
     meta |= {
         "network": description,
@@ -148,7 +150,7 @@ def _converted(
 ) -> tuple[Conversion | None, dict[str, torch.Tensor], dict[str, Any]]:
     """Returns how a file was converted (None where it needs it not), its weights in our terms, and its `misfm_meta`."""
     if source.container != NNUNET:
-        strides = five_level_strides(manager.get_configuration(configuration).pool_op_kernel_sizes)
+        strides = network_strides(manager.get_configuration(configuration))
         conversion = recognise(source, resolution_mode, strides)
         return conversion, conversion.weights, metadata(source, conversion)
     if resolution_mode is not None:
@@ -156,7 +158,24 @@ def _converted(
             f"expected no --resolution-mode with {source.file}, got {resolution_mode}: it chooses a branch of a "
             "PCT-Net that the authors released, and this is an nnU-Net checkpoint; leave the option out."
         )
-    return None, source.state, dict(source.rest.get("misfm_meta") or {})
+    return None, source.state, dict(_stated(source.file, source.rest, "misfm_meta", {}))
+
+
+def _stated(file: Path, holder: dict[str, Any], key: str, default: _Stated) -> _Stated:
+    """Returns what a checkpoint says under a key, `default` where it says nothing.
+
+    Raises:
+        MisfmError: It says something of another type than `default`.
+    """
+    value = holder.get(key)
+    if value is None:
+        return default
+    if type(value) is not type(default):
+        raise MisfmError(
+            f"{file}: expected {key} to be of type {type(default).__name__}, got {type(value).__name__}: correct it or "
+            "leave it out, and save the checkpoint again."
+        )
+    return value
 
 
 def _scratch_trainer(network_class: str | None) -> type[MisfmTrainer]:

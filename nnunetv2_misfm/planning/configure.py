@@ -26,6 +26,8 @@ _TRAINERS = [getattr(nnunetv2_misfm_trainers, name) for name in nnunetv2_misfm_t
 _METHODS = {trainer.method.method for trainer in _TRAINERS if trainer.method is not None}
 # Keys of a configuration that are not set by name: blocks, and what ties configurations together
 _STRUCTURE = (_ARCHITECTURE, "misfm", "inherits_from", "previous_stage", "next_stage")
+# Keys of the block from which a trainer may find no network
+_NETWORK_KEYS = ("features_per_stage", "num_heads")
 
 
 def configure(dataset: str, configuration: str, name: str, settings: Sequence[str], plans: str = "nnUNetPlans") -> Path:
@@ -161,10 +163,11 @@ def _architecture_value(parent: dict[str, Any], key: str, value: Any) -> Any:
 def _check_networks(manager: PlansManager, name: str, entry: dict[str, Any]) -> None:
     """Raises where a trainer could not build its network under a configuration, from what `entry` sets of it."""
     block = entry.get("misfm", {})
-    widths = any("features_per_stage" in b for b in (block, *block.values()) if isinstance(b, dict))
+    blocks = [b for b in (block, *block.values()) if isinstance(b, dict)]
+    sized = any(key in b for b in blocks for key in _NETWORK_KEYS)
     resolved = manager.get_configuration(name)
     concerned = [nnUNetTrainerBaseline] if _ARCHITECTURE in entry else []
-    if widths and len(resolved.patch_size) == 3:
+    if sized and len(resolved.patch_size) == 3:
         concerned += [trainer for trainer in _TRAINERS if issubclass(trainer, FiveLevelTrainer)]
     for trainer in concerned:
         try:

@@ -26,7 +26,7 @@ from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3
 from nnunetv2_misfm.architectures.pct_net import PCTNet, default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.memory import training_memory
-from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS
+from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS, read_json
 from nnunetv2_misfm.trainers.five_levels import five_level_strides
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 
@@ -62,7 +62,8 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float]) ->
     The first has nnU-Net's aspect: as many millimetres along each axis, cut to the median image. Then the axis that is
     longest against the median image loses voxels until every axis has about `MIN_EDGE` left (an axis along which images
     are shorter keeps them all). An axis is a multiple of what its pools divide it by, but for the last pool, to a level
-    without a head.
+    without a head. Where fewer voxels along one axis mean other pools, and these mean more voxels along another, a
+    patch that is not smaller than the one before is left out.
 
     Args:
         spacing: Target spacing (D, H, W) in mm.
@@ -70,13 +71,14 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float]) ->
     """
     aspect = 1 / np.asarray(spacing)
     size = np.minimum(np.round(aspect * (LARGEST_PATCH_VOXELS / aspect.prod()) ** (1 / 3)), median_shape)
-    candidates = []
+    candidates: list[tuple[Size3, list[list[int]]]] = []
     while True:
         _, pools, _, _, _ = get_pool_and_conv_props(spacing, size, NNUNET_MIN_FEATURE_MAP, NNUNET_MAX_POOLS)
         strides = five_level_strides([list(pool) for pool in pools])
         divisor = np.prod(strides[:-1], axis=0)  # the deepest level has no head and may round up
         patch = (np.ceil(size / divisor) * divisor).astype(int)
-        candidates.append((as_size3(patch.tolist()), strides))
+        if not candidates or patch.prod() < math.prod(candidates[-1][0]):
+            candidates.append((as_size3(patch.tolist()), strides))
         shrinkable = patch - divisor >= MIN_EDGE
         if not shrinkable.any():
             return candidates
@@ -170,18 +172,19 @@ class PCTNetPlanner(ExperimentPlanner):
         """Returns the largest of `patch_candidates` that fits with nnU-Net's smallest batch, and its strides.
 
         Raises:
-            MisfmError: Not even the smallest fits.
+            MisfmError: None fits.
         """
         *larger, smallest = patch_candidates(spacing, median_shape)
         batch_size = self.UNet_min_batch_size
-        needed = self.estimate(*smallest, batch_size)
+        chosen = next((candidate for candidate in larger if self.fits(*candidate, batch_size)), smallest)
+        needed = self.estimate(*chosen, batch_size)
         if needed > self.budget:
             raise MisfmError(
                 f"expected a GPU of at least {math.ceil(10 * needed / GIB / (1 - HEADROOM)) / 10:g} GB for "
                 f"{self.dataset_name} (smallest patch {times(smallest[0])}, batch {batch_size}), got "
                 f"{self.UNet_vram_target_GB:g}: raise --gpu-memory-gb."
             )
-        return next((candidate for candidate in larger if self.fits(*candidate, batch_size)), smallest)
+        return chosen
 
     def get_plans_for_configuration(
         self,
@@ -239,11 +242,14 @@ class PCTNetPlanner(ExperimentPlanner):
         A configuration whose preprocessed cases are those of nnU-Net's default plans shares their folder. Others, and
         all where there are no default plans, get a folder that bears the name of these plans, so that no other plans
         write other cases into it.
+
+        Raises:
+            MisfmError: nnU-Net's default plans are no JSON.
         """
         del plans["configurations"]["2d"]
         recursive_fix_for_json_export(plans)
         default_file = Path(str(nnUNet_preprocessed)) / self.dataset_name / f"{DEFAULT_PLANS_NAME}.json"
-        default = json.loads(default_file.read_text()) if default_file.is_file() else {"configurations": {}}
+        default = read_json(default_file) if default_file.is_file() else {"configurations": {}}
         for name, configuration in plans["configurations"].items():
             theirs = default["configurations"].get(name, {})
             if _same(plans, default, _PREPROCESSING_OF_PLANS) and _same(configuration, theirs, PREPROCESSING_KEYS):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from nnunetv2_misfm.planning.pct_net_planner import (
     PCTNetPlanner,
     times,
 )
-from nnunetv2_misfm.planning.plans_file import VALID_NAME
+from nnunetv2_misfm.planning.plans_file import VALID_NAME, read_json
 
 
 def plan(dataset: str, gpu_memory_gb: float = DEFAULT_GPU_MEMORY_GB, plans_name: str = PLANS_NAME) -> str:
@@ -34,7 +33,8 @@ def plan(dataset: str, gpu_memory_gb: float = DEFAULT_GPU_MEMORY_GB, plans_name:
         A report: the file, what was planned for each configuration, and what is still to be preprocessed.
 
     Raises:
-        MisfmError: No such dataset, 2D images, too little memory, or a name that other plans have.
+        MisfmError: No such dataset, 2D images, too little memory, a name that other plans have, or plans that are no
+            JSON.
     """
     name = _find_dataset(dataset)
     if not 0 < gpu_memory_gb < math.inf:
@@ -76,7 +76,7 @@ def _check_plans_name(folder: Path, plans_name: str) -> None:
             f"or digit, got {plans_name!r}."
         )
     file = folder / f"{plans_name}.json"
-    owner = json.loads(file.read_text()).get("experiment_planner_used") if file.is_file() else PCTNetPlanner.__name__
+    owner = read_json(file).get("experiment_planner_used") if file.is_file() else PCTNetPlanner.__name__
     if plans_name == DEFAULT_PLANS_NAME or owner != PCTNetPlanner.__name__:
         raise MisfmError(f"{plans_name} is the name of other plans, which stay as they are: choose another one.")
 

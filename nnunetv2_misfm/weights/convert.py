@@ -149,6 +149,12 @@ def read_source(file: str | Path) -> Source:
     for key, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             raise MisfmError(f"{file}: expected dense tensors with values, got {key} without: save the weights again.")
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if held < tensor.numel():
+            raise MisfmError(
+                f"{file}: expected tensors that hold each of their values, got {key} of shape {tuple(tensor.shape)} "
+                f"with {held} for its {tensor.numel()}: save the weights again, expanded ones after .clone()."
+            )
     return Source(file, container, state, content)
 
 

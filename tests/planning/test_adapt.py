@@ -240,6 +240,36 @@ def test_too_little_that_fits_gets_a_sentence(other: Callable[..., Workspace]) -
     refused(workspace, f"{where} only 0.0 % of its parameters fit the file", stock, "555", "quick")
 
 
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"misfm_meta": [1]}, "expected misfm_meta to be of type dict, got list"),
+        ({"misfm_meta": {"network": "PCTNet"}}, "expected network to be of type dict, got str"),
+        ({"misfm_meta": {"network": {"label_channels": "1"}}}, "expected label_channels to be of type int, got str"),
+        ({"trainer_name": 7}, "expected trainer_name to be of type str, got int"),
+    ],
+)
+def test_checkpoint_that_describes_itself_wrongly_gets_a_sentence(
+    other: Callable[..., Workspace], entries: dict[str, Any], sentence: str
+) -> None:
+    workspace = other()
+    trainer = trainer_of(workspace, nnUNetTrainerBaseline)
+    trainer.initialize()
+    weights = {"network_weights": trainer.network.state_dict()}
+    file = saved(workspace.root, {**weights, **entries}, "own.pth")
+    refused(workspace, f"own.pth: {sentence}: correct it or leave it out, and save the", file, "555", "quick")
+    silent = saved(workspace.root, {**weights, "trainer_name": None, "misfm_meta": {"network": None}}, "own.pth")
+    assert adapt(silent, "555", "quick").trainer == "nnUNetTrainerBaseline"
+
+
+def test_plans_without_pools_to_take_over_get_a_sentence(other: Callable[..., Workspace]) -> None:
+    architecture = toy_architecture()
+    del architecture["arch_kwargs"]["strides"]
+    workspace = other(architecture=architecture)
+    file = saved(workspace.root, released_pct_net())
+    refused(workspace, "expected plans whose network has strides of 1 and 2 at its first two", file, "555", "quick")
+
+
 def test_there_is_no_resolution_mode_in_an_nnunet_checkpoint(other: Callable[..., Workspace]) -> None:
     workspace = other()
     own = saved(workspace.root, {"network_weights": {"a": torch.zeros(1)}}, "own.pth")

@@ -210,6 +210,14 @@ def test_faulty_setting_gets_a_sentence_and_nothing_is_written(
     refused(workspace, sentence, "batch_size=3", setting)
 
 
+def test_heads_that_do_not_divide_the_released_widths_are_refused(make_workspace: Callable[..., Workspace]) -> None:
+    released = toy_plans({"features_per_stage": None, "num_heads": None})
+    workspace = make_workspace(plans=released, num_cases=0)
+    refused(workspace, "nnUNetTrainerPCTNet could not build .*: num_heads: 3 heads do not divide", "num_heads=[3,8,16]")
+    configure("555", "quick", "mine", ["num_heads=[2,8,16]"])
+    assert resolved(workspace, "mine")["misfm"]["num_heads"] == [2, 8, 16]
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "../a", "a__b", "-a", ".a", "ä"])
 def test_name_that_makes_no_results_folder_is_refused(workspace: Workspace, name: str) -> None:
     refused(workspace, f"expected a --name of letters, digits, .*, got {name!r}", "num_epochs=1", name=name)

@@ -255,6 +255,15 @@ def test_tensors_without_dense_values_get_a_sentence(tmp_path: Path, kind: str) 
     refused(saved(tmp_path, state), "volf.pt: expected dense tensors with values, got project.bias without")
 
 
+def test_tensors_that_claim_more_values_than_the_file_holds_get_a_sentence(tmp_path: Path) -> None:
+    state = released_fmunet()
+    state["project.bias"] = torch.zeros(1).expand(10**12)
+    sentence = (
+        r"volf.pt: expected tensors that hold each of their values, got project.bias of shape \(1000000000000,\) "
+    )
+    refused(saved(tmp_path, state), f"{sentence}with 1 for its 1000000000000: save the weights again")
+
+
 def test_our_own_and_nnunets_checkpoints_need_no_conversion(tmp_path: Path) -> None:
     write_checkpoint({"network_weights": {"encoder.stem.weight": torch.zeros(1)}}, tmp_path / "own.pth")
     sentence = (
