@@ -1,9 +1,11 @@
 """PCT-Net made to work as the released code does, for comparison of time and memory; the values stay the same.
 
 Undone are: the cached masks (made anew in every forward pass of every layer, shifted or not), the attention without its
-matrix (stored, with dropout as a module of its own), the cheap dropout, the function of norm and activation that stores
-one tensor, and the memory layout of the convolutions.
+matrix (stored, with dropout as a module of its own), the cheap dropout, the branches that are not computed where they
+are dropped, the function of norm and activation that stores one tensor, and the memory layout of the convolutions.
 """
+
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,6 +13,7 @@ from torch.nn import functional
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.anisotropy import Size3
 from nnunetv2_misfm.architectures.convolution import Convolution
+from nnunetv2_misfm.architectures.drop_path import DropPath
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act import NormAct
 from nnunetv2_misfm.architectures.window_attention import WindowAttention, attention_mask, padded_grid
@@ -22,6 +25,17 @@ class ReferenceDropout(Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """Maps a tensor to one of the same shape."""
         return functional.dropout(x, self.probability, self.training)
+
+
+class ReferenceDropPath(DropPath):
+    """Every branch computed for every sample."""
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], parts: Iterable[nn.Module] = ()) -> Tensor:
+        """Maps (B, ...) to x + branch(x) of the same shape."""
+        if not self.training:
+            return x + branch(x)
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.probability)
+        return x + branch(x) * (kept / (1 - self.probability))
 
 
 class ReferenceNormAct(NormAct):
@@ -57,6 +71,7 @@ class ReferenceAttention(WindowAttention):
 
 REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
     Dropout: ReferenceDropout,
+    DropPath: ReferenceDropPath,
     NormAct: ReferenceNormAct,
     WindowAttention: ReferenceAttention,
     Convolution: nn.Conv3d,

@@ -43,32 +43,32 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         out = torch.empty_like(query)
-        draws = []
+        # Drawn at once: small tensors that live until the backward pass would keep the memory between them from reuse
+        draws = random_bytes(torch.Size((*query.shape[:3], query.shape[2])), query.device) if dropout else None
         for sample, rows, windows in _chunks(query, bias):
             weights = _softmax(query[sample, rows], key[sample, rows], bias, mask, windows)
-            if dropout:
-                draws.append(random_bytes(weights.shape, weights.device))
-                weights *= kept(draws[-1], dropout, weights.dtype)
+            if draws is not None:
+                weights *= kept(draws[sample, rows], dropout, weights.dtype)
             torch.bmm(weights, value[sample, rows], out=out[sample, rows])
         ctx.dropout = dropout
-        ctx.save_for_backward(query, key, value, bias, mask, *draws)
+        ctx.save_for_backward(query, key, value, bias, mask, draws)
         return out.mul_(1 / (1 - rounded(dropout)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, *draws = ctx.saved_tensors
+        query, key, value, bias, mask, draws = ctx.saved_tensors
         grad = grad * (1 / (1 - rounded(ctx.dropout)))
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         grad_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))  # sums many chunks
-        for chunk, (sample, rows, windows) in enumerate(_chunks(query, bias)):
+        for sample, rows, windows in _chunks(query, bias):
             q, k, v, g = (tensor[sample, rows] for tensor in (query, key, value, grad))
             grad_q, grad_k, grad_v = (tensor[sample, rows] for tensor in grads)
             weights = _softmax(q, k, bias, mask, windows)
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             used = weights
-            if draws:
-                keep = kept(draws[chunk], ctx.dropout, weights.dtype)
+            if draws is not None:
+                keep = kept(draws[sample, rows], ctx.dropout, weights.dtype)
                 grad_weights *= keep
                 used = keep.mul_(weights)
             torch.bmm(used.transpose(1, 2), g, out=grad_v)

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.anisotropy import Size3
+from nnunetv2_misfm.architectures.drop_path import DropPath
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.window_attention import WindowAttention
 
@@ -46,27 +47,6 @@ def window_and_shift(grid: Size3, window_size: int, *, shifted: bool, shrink: Wi
         half if width > window_size else 0,
     )
     return window, shift
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch for whole samples in training and scales the rest by 1 / (1 - p) (stochastic depth).
-
-    Args:
-        probability: p in [0, 1).
-    """
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise ValueError(f"drop_path: expected a probability in [0, 1), got {probability}.")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, ...) to the same shape; each sample is kept or zeroed as a whole."""
-        if not self.training or self.probability == 0:
-            return x
-        keep = 1 - self.probability
-        return x * (x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep)
 
 
 class Mlp(nn.Module):
@@ -140,8 +120,15 @@ class SwinBlock(nn.Module):
         window, shift = window_and_shift(
             (depth, height, width), self.window_size, shifted=self.shifted, shrink=self.window_shrink
         )
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), window, shift))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+        def attention(some: Tensor) -> Tensor:
+            return self.attn(self.norm1(some), window, shift)
+
+        def mlp(some: Tensor) -> Tensor:
+            return self.mlp(self.norm2(some))
+
+        tokens = self.drop_path(tokens, attention, (self.norm1, self.attn))
+        return self.drop_path(tokens, mlp, (self.norm2, self.mlp))
 
 
 class SwinLayer(nn.Module):

@@ -1,7 +1,6 @@
-import pytest
 import torch
 
-from nnunetv2_misfm.architectures.swin import DropPath, SwinLayer
+from nnunetv2_misfm.architectures.swin import SwinLayer
 
 
 def swin_layer(channels: int, *, num_heads: int, window_size: int) -> SwinLayer:
@@ -36,13 +35,3 @@ def test_only_the_second_block_of_a_layer_shifts() -> None:
     for block, reach in zip(layer.blocks, (8, 1), strict=True):  # a window of eight; alone in its corner
         touched = (block(changed) - block(tokens)).abs().amax(dim=-1) > 1e-6
         assert touched.sum() == reach
-
-
-def test_drop_path_keeps_or_drops_whole_samples() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(1000, 2, 3)
-    dropped = DropPath(0.2)(x)
-    assert set(dropped.unique().tolist()) == {0.0, 1.25}
-    assert torch.equal(dropped, dropped[:, :1, :1].expand_as(x))
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(DropPath(0.2).eval()(x), x)
