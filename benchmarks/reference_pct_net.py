@@ -45,6 +45,10 @@ class ReferenceNormAct(NormAct):
         """Maps (B, C, D, H, W) to the same shape."""
         return self.act(self.norm(x))
 
+    def convolve(self, x: Tensor, conv: nn.Conv3d | nn.ConvTranspose3d) -> Tensor:
+        """Maps (B, C, D, H, W) to conv(self(x))."""
+        return conv(self(x))
+
 
 class ReferenceAttention(WindowAttention):
     """Attention whose matrix is stored for every step."""

@@ -25,7 +25,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,9 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, D, H, W) to the same shape."""
-        x = self.conv1(self.norm_act1(x))
+        x = self.norm_act1.convolve(x, self.conv1)
+        if self.dropout.probability == 0:
+            return self.norm_act2.convolve(x, self.conv2)
         return self.conv2(self.dropout(self.norm_act2(x)))
 
 
@@ -155,7 +157,7 @@ class DownSample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the finer level (B, C, D, H, W) to this one, each axis divided by its stride and rounded up."""
-        return self.conv(self.norm_act(self.pool(x)))
+        return self.norm_act.convolve(self.pool(x), self.conv)
 
 
 class UpCat(nn.Module):
@@ -173,8 +175,8 @@ class UpCat(nn.Module):
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
         """Maps the coarser level and the encoder's (B, C, D, H, W) of this one to (B, C, D, H, W)."""
         depth, height, width = skip.shape[2:]
-        up = self.up(self.norm_act_up(low))[:, :, :depth, :height, :width]
-        return self.conv(self.norm_act_cat(torch.cat((skip, up), dim=1)))
+        up = self.norm_act_up.convolve(low, self.up)[:, :, :depth, :height, :width]
+        return self.norm_act_cat.convolve(torch.cat((skip, up), dim=1), self.conv)
 
 
 class Encoder(nn.Module):
@@ -236,7 +238,8 @@ class Decoder(nn.Module):
         for level in reversed(range(len(self.stages))):
             x = self.stages[level](x, features[level])
             if self.deep_supervision or level == 0:
-                logits.insert(0, self.seg_layers[level](self.seg_norms[level](x)))
+                seg_norm, seg_layer = cast(NormAct, self.seg_norms[level]), cast(nn.Conv3d, self.seg_layers[level])
+                logits.insert(0, seg_norm.convolve(x, seg_layer))
         return logits if self.deep_supervision else logits[0]
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import norm_act
+from nnunetv2_misfm.architectures.convolution import Convolution
 from nnunetv2_misfm.architectures.norm_act import NormAct
 
 CHANNELS = 3
@@ -200,3 +201,52 @@ def test_cumulative_average_and_untracked_statistics_are_left_to_pytorch() -> No
 def test_one_value_per_channel_is_refused_as_pytorch_does() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         module()(torch.randn(1, CHANNELS, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Convolution(CHANNELS, 5, (1, 3, 3)),
+        nn.ConvTranspose3d(CHANNELS, 4, (1, 2, 2), (1, 2, 2)),
+        nn.Conv3d(CHANNELS, 2, 1),
+        Convolution(24, 3, (3, 3, 3)),  # goes in channels-last
+    ],
+)
+def test_convolution_in_the_function_is_that_of_the_modules(conv: nn.Module) -> None:
+    torch.manual_seed(0)
+    made = NormAct(conv.in_channels)
+    nn.init.normal_(made.norm.weight)
+    reference = copy.deepcopy(nn.ModuleList([made.norm, made.act, conv])).double()
+    x = torch.randn(2, conv.in_channels, 4, 5, 6, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    y = made.convolve(x, conv)
+    expected = reference[2](reference[1](reference[0](exact)))
+    weight = torch.randn_like(expected)
+    y.backward(weight.float())
+    expected.backward(weight)
+    grads = [x.grad, *(p.grad for p in (*made.parameters(), *conv.parameters()))]
+    exact_grads = [exact.grad, *(p.grad for p in reference.parameters())]
+    for actual, wanted in zip([y, *grads], [expected, *exact_grads], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    conv.zero_grad(set_to_none=True)
+
+
+def test_convolution_under_autocast_and_in_evaluation_is_left_to_the_modules() -> None:
+    made, conv = NormAct(CHANNELS), Convolution(CHANNELS, 2, (3, 3, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made.convolve(image(), conv).dtype == torch.bfloat16
+    made.eval()
+    assert torch.equal(made.convolve(image(), conv), conv(made(image())))
+
+
+def test_between_input_and_output_of_the_convolution_nothing_is_stored() -> None:
+    stored: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        stored.append(tuple(tensor.shape))
+        return tensor
+
+    made, conv, x = NormAct(CHANNELS), Convolution(CHANNELS, 2, (3, 3, 3)), image().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made.convolve(x, conv)
+    assert stored.count(tuple(x.shape)) == 1
