@@ -67,10 +67,10 @@ def test_plans_share_the_default_plans_cases_and_tell_what_was_planned(done: Wor
     planned = ours["configurations"]["3d_fullres"]
     assert ours["configurations"].keys() == {"3d_fullres", "narrow", "short"}
     assert planned["data_identifier"] == default["configurations"]["3d_fullres"]["data_identifier"]
-    assert planned["patch_size"] == [32, 32, 32] and planned["batch_size"] == 2  # 24 x 28 x 24 voxels, four pools
+    assert planned["patch_size"] == [24, 32, 24] and planned["batch_size"] == 2  # 24 x 28 x 24 voxels, pools of 8
     file, line = done.finished["plan"].stdout.splitlines()  # nothing is left to preprocess
     assert file == f"wrote {base(done) / PLANS}.json"
-    assert line.startswith("3d_fullres: patch 32 x 32 x 32, batch 2, estimated memory ")
+    assert line.startswith("3d_fullres: patch 24 x 32 x 24, batch 2, estimated memory ")
 
 
 def test_stock_trainer_trained_the_planned_network(done: World) -> None:

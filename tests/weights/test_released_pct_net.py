@@ -49,7 +49,7 @@ def test_layout_of_the_tests_is_that_of_the_official_code(shared: Path) -> None:
 @pytest.mark.parametrize("window", range(1, 7))
 def test_reindexed_table_gives_every_pair_of_tokens_the_bias_it_had(window: int) -> None:
     table = torch.randn((2 * window - 1) ** 3, 2, generator=torch.Generator().manual_seed(window))
-    attention = WindowAttention(4, 2, window_size=6, attention_dropout=0.0, dropout=0.0)
+    attention = WindowAttention(4, 2, mask_padding=False, window_size=6, attention_dropout=0.0, dropout=0.0)
     attention.relative_position_bias_table.data = reindexed(table)
     bias = attention.position_bias((window, window, window))  # h, N, N
     assert torch.equal(bias, table[released_index(window)].permute(2, 0, 1))
