@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# glibc gives large tensors back to the system at every free by default; keeping them saves up to a quarter of the
-# CPU time (docs/performance.md)
+# glibc gives large tensors back to the system at every free by default; keeping them saves a fifth to a third of
+# the CPU time (docs/performance.md)
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 
