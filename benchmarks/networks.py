@@ -163,8 +163,7 @@ def ceiling(options: argparse.Namespace) -> dict[str, float]:
 
 def child(options: argparse.Namespace, what: str, phase: str) -> dict[str, Any]:
     """Returns what a process of its own measures."""
-    arguments = [word for word in sys.argv[1:] if word != "--child"]
-    command = [sys.executable, __file__, *arguments, "--child", what, "--phase", phase]
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", what, "--phase", phase]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     environment |= MALLOC[options.malloc]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
