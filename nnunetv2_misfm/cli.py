@@ -37,6 +37,29 @@ def _parser() -> argparse.ArgumentParser:
     add("disable", _disable, "Undo enable.")
     add("check", _check, "Say in plain words what is missing or wrong.")
 
+    command = add("import", _import, "Make a pretraining dataset of any unlabelled scans below some folders.")
+    command.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="DIR", help="searched with all folders below"
+    )
+    command.add_argument("-d", "--dataset", type=int, required=True, metavar="ID", help="1 to 999, e.g. 900")
+    command.add_argument("--name", required=True, help="of the dataset, e.g. CTPool")
+    command.add_argument("--modality", choices=("CT", "MR", "auto"), default="auto", help="default: auto")
+    _add_workers(command)
+    command.add_argument("--link", action="store_true", help="refer to files that need no change, do not copy them")
+    command.add_argument(
+        "--split-by-modality", action="store_true", help="CT becomes dataset ID, MR becomes dataset ID + 1"
+    )
+    command.add_argument("--split-time-series", action="store_true", help="take time series apart, do not refuse them")
+    command.add_argument("--resample-sheared", action="store_true", help="resample gantry tilt, do not refuse it")
+    command.add_argument("--keep-duplicates", action="store_true", help="take scans of equal content too")
+    command.add_argument("--min-size", type=int, default=8, metavar="VOXELS", help="along every axis (default: 8)")
+
+    command = add("preprocess", _preprocess, "Do nnU-Net's preprocessing case by case, going on where it was.")
+    command.add_argument("-d", "--datasets", nargs="+", required=True, metavar="ID", help="numbers or names")
+    command.add_argument("-c", "--configurations", nargs="+", default=["3d_fullres"], help="default: 3d_fullres")
+    command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
+    _add_workers(command)
+
     command = add("configure", _configure, "Write a named configuration with other numbers into a plans file.")
     _add_configuration(command)
     command.add_argument("--name", required=True, help="name of the new configuration")
@@ -81,6 +104,16 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
 
 
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    place = command.add_mutually_exclusive_group()
+    place.add_argument(
+        "--workers", type=int, metavar="N", help="processes on this machine (default: one per processor)"
+    )
+    place.add_argument(
+        "--scheduler", metavar="ADDRESS", help="use the workers of this Dask cluster, e.g. tcp://host:8786"
+    )
+
+
 def _path(options: argparse.Namespace) -> int:
     print(installation.discovery_folder())
     return 0
@@ -104,6 +137,37 @@ def _check(options: argparse.Namespace) -> int:
             f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}" + ("" if finding.ok else f"\n      {finding.remedy}")
         )
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _import(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.data.import_dataset import Workers, import_scans
+    from nnunetv2_misfm.data.outcome import Settings
+
+    settings = Settings(
+        modality=options.modality,
+        min_size=options.min_size,
+        split_time_series=options.split_time_series,
+        resample_sheared=options.resample_sheared,
+        keep_duplicates=options.keep_duplicates,
+        link=options.link,
+    )
+    workers = Workers(options.workers, options.scheduler)
+    said = import_scans(
+        options.input, options.dataset, options.name, settings, workers, split_by_modality=options.split_by_modality
+    )
+    print(said)
+    return 0
+
+
+def _preprocess(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.data.preprocess import preprocess
+
+    for dataset in options.datasets:
+        said = preprocess(dataset, options.configurations, options.plans, options.workers, options.scheduler)
+        print(said, flush=True)
+    return 0
 
 
 def _configure(options: argparse.Namespace) -> int:

@@ -1,0 +1,210 @@
+"""One scan on its way into a dataset: read, judged, turned, masked and written, with a verdict at the end."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_misfm.data.body import body_mask
+from nnunetv2_misfm.data.dicom import read_series
+from nnunetv2_misfm.data.files import itk_affine, read_file
+from nnunetv2_misfm.data.judge import check_geometry, check_intensities, stored_form, survey
+from nnunetv2_misfm.data.modality import lacks_offset
+from nnunetv2_misfm.data.outcome import Outcome, Settings
+from nnunetv2_misfm.data.records import State, fingerprint
+from nnunetv2_misfm.data.sources import Source
+from nnunetv2_misfm.data.volume import (
+    SAME_PLACE_MM,
+    Header,
+    Refused,
+    Volume,
+    canonical,
+    is_canonical,
+    is_sheared,
+    resample_sheared,
+)
+from nnunetv2_misfm.errors import MisfmError
+
+FILE_ENDING = ".nii.gz"
+# What nnU-Net's SimpleITK reader lists and a link may point to
+_LINKABLE_ENDINGS = (".nii.gz", ".nrrd", ".mha")
+_CHUNK = 1 << 20
+
+
+class CannotWrite(MisfmError):
+    """The dataset's disk takes no more: the run must stop, and can go on later."""
+
+
+def import_source(source: Source, dataset: Path, state: State, settings: Settings, again: bool = False) -> None:
+    """Imports one source and records its outcomes, unless they are recorded and its files have not changed.
+
+    Args:
+        source: what to import.
+        dataset: the dataset's folder.
+        state: of that dataset.
+        settings: of that dataset.
+        again: import even what is recorded, because its files are gone from the dataset.
+
+    Raises:
+        CannotWrite: The disk is full or closed; nothing half-written is left in the dataset.
+    """
+    files = source.files(state.scanned)
+    made_from = fingerprint(files)
+    if not again and state.imported.get(source.key, made_from) is not None:
+        return
+    basic = Outcome(source.path, "rejected", files=len(files), sha256=_sha256(files))
+    outcomes = []
+    for read in _read(source, files, settings):
+        try:
+            if isinstance(read, Refused):
+                raise read
+            outcomes.append(_take(read, basic, dataset, state, settings))
+        except Refused as refused:
+            outcomes.append(_refusal(basic, refused))
+    state.imported.put(source.key, made_from, [asdict(outcome) for outcome in outcomes])
+
+
+def _read(source: Source, files: list[Path], settings: Settings) -> Iterator[Volume | Refused]:
+    """Reads the volumes of a source; whatever the reader refuses as a whole comes last, as a value."""
+    try:
+        if source.series:
+            yield from read_series(files, split_time_series=settings.split_time_series)
+        else:
+            yield from read_file(files[0], split_time_series=settings.split_time_series)
+    except Refused as refused:
+        yield refused
+
+
+def _take(volume: Volume, basic: Outcome, dataset: Path, state: State, settings: Settings) -> Outcome:
+    """Judges and writes one volume."""
+    said = volume.header.modality
+    if said and said != settings.modality:
+        raise Refused(f"{said}, where {settings.modality} is imported", volume.header, volume.part)
+    check_geometry(volume, settings.min_size, allow_shear=settings.resample_sheared)
+    seen = survey(volume.voxels)
+    check_intensities(volume, seen)
+    notes = list(volume.notes)
+    if settings.modality == "CT" and lacks_offset(volume.voxels, seen):
+        notes.append("looks as if counted from 0 instead of in HU; left as it is")
+    straight = resample_sheared(volume) if is_sheared(volume.affine) else volume
+    resampled = straight is not volume
+    if resampled:
+        notes = [*notes, straight.notes[-1]]
+        seen = survey(straight.voxels)
+    turned = canonical(straight)
+    fill = seen.lowest if settings.modality == "CT" else min(max(0.0, seen.lowest), seen.highest)
+    voxels = stored_form(turned.voxels, seen, fill)
+    if seen.unusable:
+        notes.append(f"{seen.unusable} voxels were not finite: set to {fill:g}")
+    mask = body_mask(voxels, turned.spacing_mm.tolist(), settings.modality)
+
+    content = _content(voxels)
+    case = _case_name(content, turned.affine, f"{basic.path}\0{volume.part}" if settings.keep_duplicates else "")
+    changed = resampled or bool(seen.unusable)
+    image = f"imagesTr/{case}_0000{FILE_ENDING}"
+    if settings.link and not changed and not volume.part and _needs_no_copy(Path(basic.path), volume):
+        image = str(Path(basic.path).absolute())
+    else:
+        _write(voxels, turned.affine, dataset / image, state.unfinished)
+    _write(mask, turned.affine, dataset / "labelsTr" / f"{case}{FILE_ENDING}", state.unfinished)
+    return _described(
+        basic,
+        volume.header,
+        volume.part,
+        verdict="split" if volume.part else "repaired" if changed else "accepted",
+        reason="; ".join(notes),
+        case=case,
+        modality=settings.modality,
+        intensity_range=f"{seen.lowest:g}..{seen.highest:g}",
+        body_share=f"{mask.mean():.4f}",
+        content=content,
+        affine=[float(number) for number in turned.affine.ravel()],
+        image=image,
+    )
+
+
+def _refusal(basic: Outcome, refused: Refused) -> Outcome:
+    return _described(
+        basic, refused.header, refused.part, reason=refused.reason, modality=refused.header.modality or ""
+    )
+
+
+def _described(basic: Outcome, header: Header, part: str, **more: Any) -> Outcome:
+    return replace(
+        basic,
+        part=part,
+        shape="x".join(map(str, header.shape)),
+        spacing_mm="x".join(f"{size:.3f}" for size in header.spacing_mm),
+        orientation=header.orientation,
+        dtype=header.dtype,
+        **more,
+    )
+
+
+def _needs_no_copy(path: Path, volume: Volume) -> bool:
+    """Tells whether nnU-Net's SimpleITK reader would read from the file itself what would be written."""
+    if not path.name.endswith(_LINKABLE_ENDINGS) or not is_canonical(volume.affine):
+        return False
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # NIfTI-2, say
+        return False
+    same_grid = reader.GetSize() == volume.voxels.shape
+    return same_grid and bool(np.allclose(itk_affine(reader), volume.affine, rtol=0, atol=SAME_PLACE_MM))
+
+
+def _content(voxels: np.ndarray) -> str:
+    """Returns the sha256 of voxels [I, J, K] in Fortran order with their type and shape."""
+    digest = hashlib.sha256(f"{voxels.dtype.name}{voxels.shape}".encode())
+    digest.update(voxels.T)
+    return digest.hexdigest()
+
+
+def _case_name(content: str, affine: np.ndarray, name: str) -> str:
+    """Returns a name that equal voxels with equal geometry share; 64 bits tell more scans apart than there are."""
+    return "scan_" + hashlib.sha256(f"{content}{affine.tolist()}{name}".encode()).hexdigest()[:16]
+
+
+def _sha256(files: list[Path]) -> str:
+    sums = sorted(_sha256_of_file(file) for file in files)
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:  # reading it will give the reason
+        return ""
+    return digest.hexdigest()
+
+
+def _write(voxels: np.ndarray, affine: np.ndarray, target: Path, unfinished: Path) -> None:
+    """Writes voxels [I, J, K] as NIfTI-1 at the lowest compression, and moves the file into place when it is whole."""
+    image = nibabel.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)  # 1: coordinates of the scanner
+    image.set_qform(affine, code=1)
+    temporary = unfinished / f"{uuid4().hex}{FILE_ENDING}"
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.to_filename(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CannotWrite(
+            f"{target} could not be written ({error}): make room, then start the same command again; "
+            "it goes on where it was."
+        ) from error

@@ -1,0 +1,101 @@
+"""What is done and with what result, one small file per item, so that a run that was cut off goes on where it was.
+
+A record is written when all that it speaks of is in place, and by renaming, so it is there whole or not at all. It
+counts only while the files that it was made from are unchanged: their names, sizes and times of change are part of it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(files: Iterable[Path], *settings: str) -> str:
+    """Returns 64 hexadecimal digits that change when a file is changed, added or taken away, or a setting differs.
+
+    Contents are not read: a file is the same while its name, size and time of change are.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    digest = hashlib.sha256("\0".join(settings).encode())
+    for file in sorted(files):
+        status = file.stat()
+        digest.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class Records:
+    """Records below one folder, in sub-folders by the first two digits of their key's hash."""
+
+    def __init__(self, folder: Path):
+        """Args: folder: made when the first record is put."""
+        self.folder = folder
+
+    def get(self, key: str, made_from: str) -> Any | None:
+        """Returns the record of a key; None where there is none, or one made from other files or settings."""
+        stored = self._stored(key)
+        return stored["record"] if stored is not None and stored["made_from"] == made_from else None
+
+    def last(self, key: str) -> Any | None:
+        """Returns the record of a key, whatever it was made from; None where there is none."""
+        stored = self._stored(key)
+        return None if stored is None else stored["record"]
+
+    def put(self, key: str, made_from: str, record: Any) -> None:
+        """Writes a record of plain data, replacing the one of the same key."""
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps({"key": key, "made_from": made_from, "record": record}, sort_keys=True))
+        os.replace(unfinished, file)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yields (key, record) of all that were ever put and not replaced, in the order of the keys' hashes."""
+        for file in sorted(self.folder.glob("*/*.json")):
+            stored = json.loads(file.read_text())
+            yield stored["key"], stored["record"]
+
+    def _stored(self, key: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file(key).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _file(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+        return self.folder / name[:2] / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an import keeps what it knows, beside the datasets in nnUNet_raw.
+
+    Attributes:
+        folder: of this dataset's state.
+    """
+
+    folder: Path
+
+    @property
+    def scanned(self) -> Records:
+        """What lies in which folder (`sources.scan_folder`)."""
+        return Records(self.folder / "scanned")
+
+    @property
+    def probed(self) -> Records:
+        """The modality of every source, where it had to be found out."""
+        return Records(self.folder / "probed")
+
+    @property
+    def imported(self) -> Records:
+        """The outcomes of every source that is done."""
+        return Records(self.folder / "imported")
+
+    @property
+    def unfinished(self) -> Path:
+        """Files being written."""
+        return self.folder / "unfinished"

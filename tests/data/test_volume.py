@@ -1,0 +1,153 @@
+from dataclasses import replace
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunetv2_misfm.data.volume import (
+    Header,
+    Volume,
+    canonical,
+    is_canonical,
+    is_sheared,
+    orientation_of,
+    resample_sheared,
+)
+
+ORIENTATIONS = ["".join(letters) for order in permutations(("LR", "PA", "SI")) for letters in product(*order)]
+
+
+def affine_of(orientation: str, spacing: tuple[float, float, float], origin=(10.0, -20.0, 30.0)) -> np.ndarray:
+    """The affine by hand: every letter is a signed unit vector of the RAS+ world."""
+    unit = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    affine = np.eye(4)
+    for axis, (letter, size) in enumerate(zip(orientation, spacing, strict=True)):
+        affine[:3, axis] = np.array(unit[letter]) * size
+    affine[:3, 3] = origin
+    return affine
+
+
+def rotation(degrees: float) -> np.ndarray:
+    """About an axis that is none of the world's."""
+    axis = np.array([1.0, 2.0, 3.0]) / np.sqrt(14)
+    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+    angle = np.radians(degrees)
+    turn = np.eye(4)
+    turn[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    return turn
+
+
+def volume_of(affine: np.ndarray, shape=(4, 5, 6)) -> Volume:
+    voxels = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    return Volume(voxels, affine, Header(shape))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_canonical_points_left_posterior_superior_and_keeps_every_voxel_in_its_place(orientation):
+    volume = volume_of(rotation(12) @ affine_of(orientation, (0.7, 1.1, 2.5)))
+    turned = canonical(volume)
+    assert orientation_of(turned.affine) == "LPS"
+    places = {int(value): volume.affine @ [*index, 1] for index, value in np.ndenumerate(volume.voxels)}
+    for index, value in np.ndenumerate(turned.voxels):
+        np.testing.assert_allclose(turned.affine @ [*index, 1], places[int(value)], atol=1e-4)
+
+
+def test_all_orientations_of_one_image_become_the_same_array_and_affine():
+    first = canonical(volume_of(affine_of("RAS", (1.0, 2.0, 3.0))))
+    for orientation in ORIENTATIONS:
+        # the same image stored in another order: index the first one's voxels through the world
+        axes = ["LRPASI".index(letter) // 2 for letter in orientation]
+        flips = [letter in "RAI" for letter in orientation]  # LPS is stored forwards
+        voxels = np.transpose(first.voxels, axes)
+        voxels = voxels[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+        affine = affine_of(orientation, tuple((1.0, 2.0, 3.0)[axis] for axis in axes))
+        corner = [0 if not flip else first.voxels.shape[axis] - 1 for axis, flip in zip(axes, flips, strict=True)]
+        index = np.zeros(4)
+        index[3] = 1
+        for axis, place in zip(axes, corner, strict=True):
+            index[axis] = place
+        affine[:3, 3] = (first.affine @ index)[:3]
+        other = canonical(Volume(voxels, affine, Header()))
+        np.testing.assert_array_equal(other.voxels, first.voxels)
+        np.testing.assert_array_equal(other.affine, first.affine)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    degrees=st.floats(0, 40),
+    spacing=st.tuples(*[st.floats(0.1, 10)] * 3),
+    origin=st.tuples(*[st.floats(-2000, 2000)] * 3),
+    orientation=st.sampled_from(ORIENTATIONS),
+)
+def test_canonical_of_any_geometry_keeps_the_first_and_last_voxel_where_they_are(degrees, spacing, origin, orientation):
+    volume = volume_of(rotation(degrees) @ affine_of(orientation, spacing, origin))
+    turned = canonical(volume)
+    for value in (0, volume.voxels.size - 1):
+        before = volume.affine @ [*np.argwhere(volume.voxels == value)[0], 1]
+        after = turned.affine @ [*np.argwhere(turned.voxels == value)[0], 1]
+        np.testing.assert_allclose(after, before, atol=1e-3)
+
+
+def test_float_noise_in_the_header_gives_the_same_affine():
+    affine = rotation(20) @ affine_of("LPS", (0.71, 0.71, 1.3))
+    noisy = affine.astype(np.float32).astype(float)
+    np.testing.assert_allclose(canonical(volume_of(noisy)).affine, canonical(volume_of(affine)).affine, atol=2e-5)
+
+
+@pytest.mark.parametrize(("tilt_degrees", "sheared"), [(0.0, False), (0.03, False), (0.5, True), (18.5, True)])
+def test_gantry_tilt_is_shear_and_rounding_is_not(tilt_degrees, sheared):
+    affine = affine_of("LPS", (0.5, 0.5, 5.0))
+    affine[1, 2] = 5 * np.tan(np.radians(tilt_degrees))
+    assert is_sheared(affine) is sheared
+    assert is_canonical(affine) is not sheared
+
+
+def test_a_turned_image_is_not_canonical():
+    assert not is_canonical(affine_of("RAS", (1, 1, 1)))
+
+
+@pytest.mark.parametrize("tilt", [0.3, -0.3])
+def test_resampling_a_tilted_scan_gives_perpendicular_axes_and_the_same_intensities_in_the_same_places(tilt):
+    affine = rotation(7) @ affine_of("LPS", (1.0, 1.2, 3.0))
+    affine[:3, 2] += tilt * affine[:3, 1]
+    grid = np.stack(np.meshgrid(*[np.arange(size) for size in (12, 14, 9)], indexing="ij"))
+    # an intensity that is linear in the world: linear interpolation gives it back exactly
+    world = np.tensordot(affine[:3, :3], grid, 1) + affine[:3, 3][:, None, None, None]
+    slope = np.array([1.0, -2.0, 3.0])
+    volume = Volume(np.tensordot(slope, world, 1), affine, Header())
+    straight = resample_sheared(volume)
+    assert not is_sheared(straight.affine)
+    np.testing.assert_allclose(straight.spacing_mm[:2], (1.0, 1.2), atol=1e-6)
+    assert all(new >= old for new, old in zip(straight.voxels.shape, volume.voxels.shape, strict=True))
+    inside = 0
+    for index, value in np.ndenumerate(straight.voxels):
+        place = straight.affine @ [*index, 1]
+        old = np.linalg.solve(affine, place)[:3]
+        if ((old >= 0) & (old <= np.array(volume.voxels.shape) - 1)).all():
+            np.testing.assert_allclose(value, slope @ place[:3], atol=1e-3)
+            inside += 1
+        elif ((old < -0.51) | (old > np.array(volume.voxels.shape) - 0.49)).any():  # half a voxel belongs to it
+            assert value == pytest.approx(volume.voxels.min(), abs=1e-4)
+    assert inside > 0.7 * volume.voxels.size
+    assert "resampled" in straight.notes[-1]
+
+
+def test_resampling_covers_the_whole_old_grid():
+    affine = affine_of("LPS", (1.0, 1.0, 2.0))
+    affine[:3, 2] += 0.5 * affine[:3, 1]
+    volume = volume_of(affine)
+    straight = resample_sheared(volume)
+    for corner in product(*[(0, size - 1) for size in volume.voxels.shape]):
+        new = np.linalg.solve(straight.affine, affine @ [*corner, 1])[:3]
+        assert (new > -1e-6).all() and (new < np.array(straight.voxels.shape) - 1 + 1e-6).all()
+
+
+def test_resampling_agrees_with_itk_on_a_scan_without_shear():
+    volume = volume_of(affine_of("LPS", (1.0, 1.0, 2.0)))
+    straight = resample_sheared(replace(volume, voxels=volume.voxels.astype(np.float32)))
+    np.testing.assert_array_equal(straight.voxels, volume.voxels)
+    image = sitk.GetImageFromArray(straight.voxels.T)
+    assert image.GetSize() == volume.voxels.shape
