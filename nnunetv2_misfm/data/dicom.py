@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import data_element_generator
 from pydicom.pixels import iter_pixels
@@ -111,17 +112,18 @@ def read_series(files: Sequence[Path], *, split_time_series: bool = False) -> It
     except Refused as refused:
         yield Refused(refused.reason, refused.header)
         return
-    notes = (f"{copies} copies of slices left out",) if copies else ()
+    notes = (f"{copies} {'copy of a slice' if copies == 1 else 'copies of slices'} left out",) if copies else ()
     parts = len(stacks) + len(unusable)
     for number, stack in enumerate(stacks, 1):
         part = f"stack {number} of {parts}" if parts > 1 else ""
         yield from _read_stack(stack, part, notes, split_time_series)
-    for number, refused in enumerate(unusable.values(), len(stacks) + 1):
-        yield Refused(refused.reason, refused.header, f"stack {number} of {parts}" if parts > 1 else "")
+    for number, other in enumerate(unusable.values(), len(stacks) + 1):
+        yield Refused(other.reason, other.header, f"stack {number} of {parts}" if parts > 1 else "")
 
 
 def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bool) -> Iterator[Volume | Refused]:
     """Yields the volumes of one sorted stack, or the reasons against them."""
+    volumes = [stack]
     try:
         volumes = split_time_points(stack)
         if len(volumes) > 1 and not split:
@@ -133,7 +135,7 @@ def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bo
         if alone and alone > 1 and not split:
             raise Refused(f"time point {alone} of a time series: --split-time-series takes it as a volume")
     except Refused as refused:
-        yield Refused(refused.reason, _header_of(stack), part)
+        yield Refused(refused.reason, _header_of(volumes[0]), part)
         return
     for number, volume in enumerate(volumes, 1):
         which = f"volume {number} of {len(volumes)}" if len(volumes) > 1 else ""
@@ -171,10 +173,8 @@ def _series_of(file: Path) -> str:
             header = _parse(stream, _GROUP_TAGS)
             modality, sop_class = _modality(header), UID(str(header.get("SOPClassUID") or ""))
             directory = header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
-            uid, has_size = (
-                str(header.get("SeriesInstanceUID") or ""),
-                bool(header.get("Rows") and header.get("Columns")),
-            )
+            uid = str(header.get("SeriesInstanceUID") or "")
+            has_size = bool(header.get("Rows") and header.get("Columns"))
     except OSError as error:
         raise Refused(f"not a scan: cannot be read ({error.strerror or type(error).__name__})") from None
     except Refused:
@@ -187,8 +187,10 @@ def _series_of(file: Path) -> str:
         raise Refused("unreadable DICOM header: neither class nor series is named")
     if not has_size and "Image Storage" not in sop_class.name:
         raise Refused(f"DICOM, but no image: {modality or 'of an unknown kind'}")
-    if not has_size or not uid:
-        raise Refused("unreadable DICOM header: it ends before the size of the image, or names no series")
+    if not has_size:
+        raise Refused("unreadable DICOM header: it tells no size of the image")
+    if not uid:
+        raise Refused("unreadable DICOM header: it names no series")
     return uid
 
 
@@ -233,20 +235,17 @@ def _read_header(file: Path) -> FileDataset:
 
 
 def _missing_bytes(stream: BinaryIO, header: FileDataset) -> int:
-    """Returns by how many bytes uncompressed pixel data, next in the stream, are too short; 0 for compressed ones."""
+    """Returns by how many bytes the pixel data, next in the stream, are too short; 0 for compressed ones or colours."""
     syntax = _transfer_syntax(header)
-    if syntax not in _UNCOMPRESSED or syntax == DeflatedExplicitVRLittleEndian:
+    coded = syntax not in _UNCOMPRESSED or syntax == DeflatedExplicitVRLittleEndian
+    if coded or (header.get("SamplesPerPixel") or 1) > 1:  # colours may share samples, and are refused anyway
         return 0
-    voxels = (
-        int(header.get("NumberOfFrames") or 1) * header.Rows * header.Columns * (header.get("SamplesPerPixel") or 1)
-    )
-    promised = voxels * header.BitsAllocated // 8
-    implicit, little = header.original_encoding
+    promised = int(header.get("NumberOfFrames") or 1) * header.Rows * header.Columns * header.BitsAllocated // 8
+    implicit, little = map(bool, header.original_encoding)
     element = next(data_element_generator(stream, implicit, little, defer_size=1), None)
-    if element is None:
+    if not isinstance(element, RawDataElement):
         return promised
-    there = stream.seek(0, 2) - element.value_tell  # type: ignore[union-attr]  # always raw, as no VR is a sequence
-    return promised - min(element.length, there)  # type: ignore[union-attr]
+    return promised - min(element.length, stream.seek(0, 2) - element.value_tell)
 
 
 def _slices_of(header: FileDataset, file: Path) -> list[Frame]:
@@ -315,7 +314,7 @@ def _decode_file(file: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
             if not _pydicom_decodes(frames[0]):
                 raise
         else:
-            pixels = sitk.GetArrayFromImage(image).reshape(-1, *image.GetSize()[1::-1])
+            pixels = sitk.GetArrayViewFromImage(image).reshape(-1, *image.GetSize()[1::-1])
             yield from (pixels[frame.index or 0] for frame in frames)
             return
     for frame, stored in zip(frames, _stored_values(file, [frame.index or 0 for frame in frames]), strict=True):
@@ -323,17 +322,14 @@ def _decode_file(file: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
 
 
 def _stored_values(file: Path, indices: list[int]) -> Iterator[np.ndarray]:
-    """Yields frames [rows, columns] as pydicom decodes them, without bits that are no part of the values."""
-    with file.open("rb") as stream:
-        header = _parse(stream, ["BitsAllocated", "BitsStored", "HighBit"])
+    """Yields frames [rows, columns] as pydicom decodes them: sign-extended, without bits beyond the stored ones."""
     source: Path | FileDataset = file
-    if "TransferSyntaxUID" not in header.file_meta:
+    with file.open("rb") as stream:
+        header = _parse(stream, ["Rows"])
+    if "TransferSyntaxUID" not in header.file_meta:  # pydicom does not decode straight from such a file
         source = pydicom.dcmread(file, force=True)
         source.file_meta.TransferSyntaxUID = _transfer_syntax(header)
-    unused = header.BitsAllocated - header.get("BitsStored", header.BitsAllocated)
-    low = unused and header.get("HighBit") == header.BitsStored - 1
-    for stored in iter_pixels(source, indices=indices, raw=True):
-        yield (stored << unused) >> unused if low else stored
+    yield from iter_pixels(source, indices=indices, raw=True)
 
 
 def _rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:

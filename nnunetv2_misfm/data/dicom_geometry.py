@@ -7,6 +7,7 @@ Module (DICOM PS3.3, C.7.6.2.1.1) defines them; only `affine_of` turns them to R
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,11 @@ class Frame:
 
     def shares_grid(self, other: "Frame") -> bool:
         """Tells whether two slices have one size, pixel spacing and orientation and one name of their stack."""
+        axes = zip(self.row_axis + self.column_axis, other.row_axis + other.column_axis, strict=True)
         return (
             (self.shape, self.stack) == (other.shape, other.stack)
-            and np.allclose(self.row_axis, other.row_axis, rtol=0, atol=_SAME_GRID)
-            and np.allclose(self.column_axis, other.column_axis, rtol=0, atol=_SAME_GRID)
-            and np.allclose(self.spacing, other.spacing, rtol=_SAME_GRID, atol=0)
+            and all(abs(a - b) <= _SAME_GRID for a, b in axes)
+            and all(isclose(a, b, rel_tol=_SAME_GRID) for a, b in zip(self.spacing, other.spacing, strict=True))
         )
 
 

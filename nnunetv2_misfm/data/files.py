@@ -5,6 +5,8 @@ ends early or whose checksum fails, and a compressed MetaImage that does not unp
 """
 
 import gzip
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -33,6 +35,9 @@ _VECTOR_INTENTS = {1004, 1005, 1006, 1007, 1011, 2003, 2004}
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CHUNK = 1 << 20  # bytes read at a time where only the checksum is wanted
+_GZIP_AT_MOST = 1032  # bytes that deflate makes of one at most (zlib.net/zlib_tech.html)
+_UNITS_MM = {1: ("metres", 1e3), 3: ("micrometres", 1e-3)}  # NIFTI_UNITS_METER and _MICRON of nifti1.h
+_LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 def ending_of(path: Path) -> str:
@@ -44,8 +49,11 @@ def ending_of(path: Path) -> str:
 def companions(path: Path) -> list[Path]:
     """Returns the files that hold the voxels of a header file, by name, those that exist."""
     ending = ending_of(path)
+    if ending not in COMPANIONS:
+        return []
     stem = path.name[: -len(ending)]
-    return [file for data in COMPANIONS.get(ending, ()) if (file := path.with_name(stem + data)).is_file()]
+    names = [name for data in COMPANIONS[ending] for name in (stem + data, stem + data.upper())]
+    return [file for name in names if (file := path.with_name(name)).is_file()]
 
 
 def read_file(path: Path, *, split_time_series: bool = False) -> Iterator[Volume]:
@@ -63,6 +71,7 @@ def read_file(path: Path, *, split_time_series: bool = False) -> Iterator[Volume
         Refused: The file is damaged, or holds no single scalar volume.
     """
     try:
+        _check_start(path)
         if ending_of(path) in ITK_ENDINGS:
             yield from _read_itk(path, split_time_series)
         else:
@@ -71,18 +80,32 @@ def read_file(path: Path, *, split_time_series: bool = False) -> Iterator[Volume
         raise
     except _DAMAGED as error:
         raise Refused(_damaged(error)) from error
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror or _in_one_line(error)}") from error
     except Exception as error:  # the readers raise whatever they like at a damaged file
-        raise Refused(f"unreadable: {_last_line(error)}") from error
+        raise Refused(f"unreadable: damaged, or not what its name says ({_in_one_line(error)})") from error
+
+
+def _check_start(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise Refused("no regular file")
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise Refused("an empty file")
+    if start == _LFS_POINTER:
+        raise Refused("a pointer of git LFS, not the file itself: fetch it with git lfs pull")
 
 
 def _read_nibabel(path: Path, split_time_series: bool) -> Iterator[Volume]:
     image = nibabel.load(path, mmap=False)
     if ending_of(path) == ".hdr" and not Path(str(image.file_map["image"].filename)).is_file():
-        raise Refused("a header without the file of its voxels (.img)")
+        raise Refused("a header without the file of its voxels (.img)", _nibabel_header(image))
     if not isinstance(image, nibabel.Nifti1Pair | nibabel.MGHImage):
         raise Refused("Analyze 7.5, which states no orientation; convert it to NIfTI")
     _refuse_by_header(image, split_time_series)
     try:
+        _check_size(image)
         stored, slope, intercept = _stored(image, path)
     except (*_DAMAGED, OSError, ValueError) as error:
         raise Refused(_damaged(error), _nibabel_header(image)) from error
@@ -91,7 +114,16 @@ def _read_nibabel(path: Path, split_time_series: bool) -> Iterator[Volume]:
         stored *= np.float32(slope)
         stored += np.float32(intercept)
     stored = stored.reshape(_without_trailing_ones(stored.shape), order="F")
-    yield from _volumes(stored, image.affine, _nibabel_header(image), _notes(image))
+    yield from _volumes(stored, _nibabel_affine(image), _nibabel_header(image), _notes(image))
+
+
+def _check_size(image: Any) -> None:
+    """Refuses to make room for more voxels than a file can hold: a damaged header may promise any number."""
+    file = Path(str(image.file_map["image"].filename))
+    most = file.stat().st_size * (_GZIP_AT_MOST if file.suffix.lower() in (".gz", ".mgz") else 1)
+    promised = math.prod(image.shape) * image.get_data_dtype().itemsize
+    if promised > most:
+        raise EOFError(f"{promised} bytes of voxels are promised, at most {most} are there")
 
 
 def _stored(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
@@ -125,43 +157,60 @@ def _nibabel_header(image: Any) -> Header:
     dtype = image.get_data_dtype()
     return Header(
         shape=tuple(int(size) for size in image.shape),
-        spacing_mm=tuple(float(size) for size in image.header.get_zooms()[:3]),
+        spacing_mm=tuple(float(size) * _units(image)[1] for size in image.header.get_zooms()[:3]),
         orientation=orientation_of(image.affine),
         dtype="".join(dtype.names) if dtype.names else dtype.newbyteorder("=").name,
     )
 
 
+def _units(image: Any) -> tuple[str, float]:
+    """Returns the unit of length of a header, and its size in mm; mm where it states none."""
+    code = int(image.header["xyzt_units"]) & 7 if "xyzt_units" in image.header else 0
+    return _UNITS_MM.get(code, ("mm", 1.0))
+
+
+def _nibabel_affine(image: Any) -> np.ndarray:
+    return np.diag([*[_units(image)[1]] * 3, 1.0]) @ image.affine
+
+
 def _notes(image: Any) -> tuple[str, ...]:
-    header = image.header
+    header, (unit, size_mm) = image.header, _units(image)
+    notes = [f"lengths in {unit}, brought to mm"] if size_mm != 1 else []
     if isinstance(image, nibabel.Nifti1Pair) and header["qform_code"] == 0 and header["sform_code"] == 0:
-        return (f"the header states no orientation, taken as {orientation_of(image.affine)}",)
-    return ()
+        notes.append(f"the header states no orientation, taken as {orientation_of(image.affine)}")
+    return tuple(notes)
 
 
 def _read_itk(path: Path, split_time_series: bool) -> Iterator[Volume]:
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # it would abort the whole process
+        raise Refused("a path that is no UTF-8, which ITK cannot open: rename it")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(ITK_ENDINGS[ending_of(path)])
     reader.ReadImageInformation()
     header = _itk_header(reader)
     shape = _without_trailing_ones(header.shape)
-    if reader.GetNumberOfComponents() > 1:
-        raise Refused("vectors or colours at every voxel, not intensities", header)
     if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
         raise Refused("complex voxels, not intensities", header)
+    if reader.GetNumberOfComponents() > 1:
+        raise Refused("vectors or colours at every voxel, not intensities", header)
     if len(shape) > 4:
         raise Refused("vectors or tensors at every voxel, not intensities", header)
     if len(shape) == 4 and not split_time_series:
         raise Refused(_time_series(shape[3]), header)
-    if ITK_ENDINGS[ending_of(path)] == "MetaImageIO":
-        _check_metaimage_stream(path)
-    voxels = sitk.GetArrayFromImage(reader.Execute()).T  # a view would outlive its image
+    try:
+        if ITK_ENDINGS[ending_of(path)] == "MetaImageIO":
+            _check_metaimage_stream(path)
+        voxels = sitk.GetArrayFromImage(reader.Execute()).T  # a view would outlive its image
+    except (*_DAMAGED, OSError, RuntimeError) as error:
+        raise Refused(_damaged(error), header) from error
     yield from _volumes(voxels.reshape(shape, order="F"), itk_affine(reader), header)
 
 
 def _itk_header(reader: sitk.ImageFileReader) -> Header:
-    size = reader.GetSize()
-    one_voxel = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
+    size, kind = reader.GetSize(), reader.GetPixelID()
+    components = reader.GetNumberOfComponents() if "vector" in sitk.GetPixelIDValueAsString(kind) else 1
+    one_voxel = sitk.Image([1] * len(size), kind, components)
     return Header(
         shape=tuple(size),
         spacing_mm=tuple(reader.GetSpacing()[:3]),
@@ -185,15 +234,15 @@ def _check_metaimage_stream(path: Path) -> None:
     """Unpacks the compressed data of a MetaImage to its end: ITK itself goes on with zeros where that fails."""
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-        data = re.search(rb"^ElementDataFile\s*=\s*(\S+)\s*?\r?\n", start, re.MULTILINE)
-        if data is None or not re.search(rb"^CompressedData\s*=\s*True", start, re.MULTILINE | re.IGNORECASE):
+        data = re.search(rb"^ElementDataFile *[=:] *(.+?) *\r?(?:\n|\Z)", start, re.MULTILINE)
+        if data is None or not re.search(rb"^CompressedData *[=:] *[Tt1]", start, re.MULTILINE):
             return
-        name = data[1].decode()
+        name = os.fsdecode(data[1])
         if name.upper() == "LOCAL":
             file.seek(data.end())
             _unpack(file)
             return
-    with open(path.with_name(name), "rb") as file:
+    with open(path.parent / name, "rb") as file:
         _unpack(file)
 
 
@@ -231,10 +280,14 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _damaged(error: Exception) -> str:
-    return f"damaged: the file is cut off or corrupt ({_last_line(error)})"
+    return f"damaged: the file is cut off or corrupt ({_in_one_line(error)})"
 
 
-def _last_line(error: Exception) -> str:
-    """In a message of ITK the last line holds the sense; others have one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+def _in_one_line(error: Exception) -> str:
+    """What an error says, in the line that holds the sense: of ITK's the last but for its "Reason", else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Reason: ")]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, RuntimeError):
+        return re.sub(r"^(ITK|sitk::)\s?ERROR: (\w+\(0x\w+\): )?", "", lines[-1])
+    return f"{type(error).__name__}: {lines[0]}"

@@ -121,22 +121,24 @@ def _is_label_map(voxels: np.ndarray) -> bool:
     """Tells a map [I, J, K] of whole numbers from an image by the share of equal neighbours off the background."""
     step = max(1, round((voxels.size / _SAMPLE) ** 0.5))
     rows = voxels[:, ::step, ::step]
-    values, counts = np.unique(rows, return_counts=True)
+    values, counts = np.unique(rows[np.abs(rows) <= _UNUSABLE], return_counts=True)
     if len(values) <= _FEW_VALUES:
         return _count_values(voxels, _FEW_VALUES + 1) <= _FEW_VALUES
     # the background, and the two ends to which windowed images are clipped
     plateaus = (values[counts.argmax()], values[0], values[-1])
     left, right = rows[:-1], rows[1:]
     off_plateau = ~np.isin(left, plateaus) | ~np.isin(right, plateaus)
+    off_plateau &= (np.abs(left) <= _UNUSABLE) & (np.abs(right) <= _UNUSABLE)
     equal = int(np.count_nonzero((left == right) & off_plateau))
     return equal > _EQUAL_NEIGHBOURS * max(1, int(np.count_nonzero(off_plateau)))
 
 
 def _count_values(voxels: np.ndarray, enough: int) -> int:
-    """Number of different values, counted until there are `enough`."""
+    """Number of different usable values, counted until there are `enough`."""
     values = np.array([], voxels.dtype)
     for index in range(voxels.shape[2]):
-        values = np.union1d(values, voxels[:, :, index])
+        plane = voxels[:, :, index]
+        values = np.union1d(values, plane[np.abs(plane) <= _UNUSABLE])
         if len(values) >= enough:
             break
     return len(values)

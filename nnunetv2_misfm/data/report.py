@@ -35,6 +35,11 @@ COLUMNS = (
 _MOST_REASONS = 12  # lines of the summary; the table has all
 
 
+def by_path_and_part(outcome: Outcome) -> tuple[str, list[int], str]:
+    """The order of the report: by path, then by the numbers in the part, so that volume 2 comes before volume 10."""
+    return outcome.path, [int(number) for number in re.findall(r"\d+", outcome.part)], outcome.part
+
+
 def settle_duplicates(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Returns the outcomes sorted by path and part; of scans with equal voxels in the same place the first counts.
 
@@ -42,7 +47,7 @@ def settle_duplicates(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """
     settled = []
     originals: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in sorted(outcomes, key=lambda outcome: (outcome.path, len(outcome.part), outcome.part)):
+    for outcome in sorted(outcomes, key=by_path_and_part):
         if outcome.verdict in TAKEN:
             equal = next((first for first in originals[outcome.content] if _same_place(first, outcome)), None)
             if equal is None:
@@ -59,7 +64,7 @@ def write_report(outcomes: Iterable[Outcome], folder: Path) -> None:
     """Writes `import_report.csv` into a dataset's folder, replacing the former one when it is whole."""
     unfinished = folder / f"{REPORT}.tmp"
     with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file)
         table.writerow(COLUMNS)
         table.writerows([getattr(outcome, column) for column in COLUMNS] for outcome in outcomes)
     os.replace(unfinished, folder / REPORT)

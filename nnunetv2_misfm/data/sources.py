@@ -86,21 +86,22 @@ def folders_below(inputs: Iterable[Path]) -> Iterator[str]:
 
 def scan_folder(folder: str, scanned: Records) -> None:
     """Sorts the files of one folder and records the result, unless it is recorded and nothing has changed."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_symlink())
+    names = sorted(entry.name for entry in os.scandir(folder) if not os.path.isdir(entry.path))
     files = [Path(folder, name) for name in names]
-    present = [file for file in files if file.exists()]
-    made_from = fingerprint(present, *names)
+    present = [file for file in files if os.path.exists(file)]
+    gone = [file for file in files if not os.path.exists(file)]
+    made_from = fingerprint(present, *map(ascii, names))
     if scanned.get(folder, made_from) is not None:
         return
-    images = [file for file in present if ending_of(file)]
+    images = [file for file in present if ending_of(file) and file.is_file()]
     data_files = {data for image in images if ending_of(image) in COMPANIONS for data in companions(image)}
-    candidates = [file for file in present if not ending_of(file) and file not in data_files]
+    candidates = sorted(set(present) - set(images) - data_files)
     series, others = group_series(candidates)
     content = Folder(
         images=[file.name for file in images],
         series={_hash(uid): [file.name for file in slices] for uid, slices in series.items()},
         others={file.name: reason for file, reason in others.items()}
-        | {file.name: "a link to nothing" for file in files if file not in set(present)},
+        | {file.name: "a link to nothing" for file in gone},
     )
     scanned.put(folder, made_from, asdict(content))
 

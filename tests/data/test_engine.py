@@ -161,7 +161,10 @@ def test_workers_of_a_killed_parent_end_by_themselves(tmp_path: Path):
     assert all(map(is_running, workers))
     parent.kill()
     parent.wait()
-    assert wait_until(lambda: not any(map(is_running, workers)), 10)
+    ended = wait_until(lambda: not any(map(is_running, workers)), 10)
+    for worker in filter(is_running, workers):
+        os.kill(worker, signal.SIGKILL)
+    assert ended
 
 
 def test_progress_goes_to_standard_error_untorn_by_the_workers(capfd: pytest.CaptureFixture[str]):

@@ -1,11 +1,12 @@
 from dataclasses import replace
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scans import ORIENTATIONS, affine_of, rotation
 
 from nnunetv2_misfm.data.volume import (
     Header,
@@ -16,28 +17,6 @@ from nnunetv2_misfm.data.volume import (
     orientation_of,
     resample_sheared,
 )
-
-ORIENTATIONS = ["".join(letters) for order in permutations(("LR", "PA", "SI")) for letters in product(*order)]
-
-
-def affine_of(orientation: str, spacing: tuple[float, float, float], origin=(10.0, -20.0, 30.0)) -> np.ndarray:
-    """The affine by hand: every letter is a signed unit vector of the RAS+ world."""
-    unit = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
-    affine = np.eye(4)
-    for axis, (letter, size) in enumerate(zip(orientation, spacing, strict=True)):
-        affine[:3, axis] = np.array(unit[letter]) * size
-    affine[:3, 3] = origin
-    return affine
-
-
-def rotation(degrees: float) -> np.ndarray:
-    """About an axis that is none of the world's."""
-    axis = np.array([1.0, 2.0, 3.0]) / np.sqrt(14)
-    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    angle = np.radians(degrees)
-    turn = np.eye(4)
-    turn[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-    return turn
 
 
 def volume_of(affine: np.ndarray, shape=(4, 5, 6)) -> Volume:
