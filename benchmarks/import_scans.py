@@ -8,17 +8,16 @@ they come, at the one zlib level that it has for NIfTI; beside it `import_source
 reading, checks, hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in
 reversed order every other round. Ratios are floor / import of one file in one round, median (lowest to highest);
 seconds are sums over files of the median over rounds. Scans that import refuses or SimpleITK cannot read are left out
-and counted. --link links only canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored" is the size of the files.
+and counted. --link links only canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored": the files.
 
 memory: highest peak resident memory, over all rounds, of a fresh process that imports one volume and of one that only
-loads the same modules (VmHWM: unlike it, ru_maxrss starts at the parent's). "Decoded" are the voxels in the type in
-which SimpleITK reads them, float32 where the file scales them.
+loads the same modules (VmHWM; ru_maxrss would start at the parent's). "Decoded" is in the type that SimpleITK reads.
 
 flat: many small volumes imported by `import_scans` with two worker processes; resident memory, sampled every second, by
 the share of the volumes that is done; then a run with nothing to do and one after 100 more came.
 
 cluster: wall time of a call of `import_scans` in a fresh process, on a running local Dask cluster of one and of two
-workers and on one and two processes; ratios are one worker / two of the same round.
+workers and on one and two processes, which it starts; ratios are one worker / two of the same round.
 
 The CTs are the demo's phantoms enlarged to an adult's field of view, with noise in every voxel and a round field.
 """
@@ -26,30 +25,27 @@ The CTs are the demo's phantoms enlarged to an adult's field of view, with noise
 import argparse
 import json
 import os
-import platform
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
 from functools import partial
+from importlib.metadata import version
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
 import psutil
 import pydicom
 import SimpleITK as sitk
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from nnunetv2_misfm import __version__
 from nnunetv2_misfm.data.import_dataset import Workers, import_scans
 from nnunetv2_misfm.data.import_scan import import_source
 from nnunetv2_misfm.data.modality import MODALITIES, probe_modality
@@ -64,6 +60,7 @@ FORMS = ("nii.gz", "nii.gz RAS", "DICOM")
 MEMORY_FORMS = (*FORMS, "nii.gz float32", "nii scaled int16")
 SCALED = (0.75, -1024.0)  # slope and intercept: most intensities are no whole numbers
 DATASET, ADDED, SHARES = "Dataset900_Benchmark", 100, (0.1, 0.5, 1.0)
+DASK = {"threads_per_worker": 1, "processes": True, "dashboard_address": None}
 # glibc's variables, as in networks.py
 MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}}
 
@@ -95,7 +92,7 @@ def write_ct(folder: Path, form: str, size: Sequence[int], seed: int) -> None:
         sitk.WriteImage(image - STORED_HU[0], str(file.with_suffix("")))
         with open(file.with_suffix(""), "r+b") as stream:
             stream.seek(112)  # scl_slope and scl_inter (nifti1.h)
-            stream.write(struct.pack("<ff", *SCALED))
+            stream.write(np.array(SCALED, "<f4").tobytes())
     else:
         image = sitk.DICOMOrient(image, "RAS") if form == "nii.gz RAS" else image
         image = sitk.Cast(image, sitk.sitkFloat32) * 1.001 if form == "nii.gz float32" else image
@@ -139,26 +136,21 @@ def write_all(write: Callable[..., None], folder: Path, tasks: Iterable[tuple]) 
     """Writes scans into a folder, on all processors."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(write, folder, *task) for task in tasks]:
-            future.result()
+        list(pool.map(write, repeat(folder), *zip(*tasks, strict=True)))
 
 
 def floor(files: Sequence[Path], target: Path) -> int:
     """Reads the files of one scan and writes it, and nothing else; returns the bytes of its voxels."""
-    if len(files) > 1 and files[0].suffix != ".mhd":
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames([str(file) for file in files])
-        image = reader.Execute()
-    else:
-        image = sitk.ReadImage(str(files[0]))
+    names = [str(file) for file in files]
+    image = sitk.ReadImage(names if len(names) > 1 and files[0].suffix != ".mhd" else names[0])
     sitk.WriteImage(image, str(target))
     return image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
+def timed(way: Callable[[], object]) -> tuple[float, float]:
     """Returns wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    call()
+    way()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -177,26 +169,21 @@ def is_taken(source: Source, state: State) -> bool:
 
 def throughput_row(kind: str, sources: list[Source], modality: str, state: State, options: argparse.Namespace) -> list:
     """Returns the row of scans of one kind."""
-    decoded, stored, times = 0, 0, []
+    decoded, stored, times, steps = 0, 0, [], ([1, -1] * options.rounds)[: options.rounds]
     for source in sources:
         files = source.files(state.scanned)
         ways: list[partial] = [partial(floor, files, state.folder / "floor.nii.gz")]
-        for link in (False, True):
-            settings = Settings(modality, link=link)
-            ways.append(partial(import_source, source, state.folder / f"link {link}", state, settings, again=True))
+        for settings in (Settings(modality), Settings(modality, link=True)):
+            dataset = state.folder / f"link {settings.link}"
+            ways.append(partial(import_source, source, dataset, state, settings, again=True))
         try:
             size = ways[0]()
             ways[1]()
         except RuntimeError:  # SimpleITK cannot read it
             continue
-        if not is_taken(source, state):
-            continue
-        decoded, stored = decoded + size, stored + sum(file.stat().st_size for file in files)
-        rounds = []
-        for number in range(options.rounds):
-            step = -1 if number % 2 else 1
-            rounds.append([timed(way) for way in ways[::step]][::step])
-        times.append(rounds)
+        if is_taken(source, state):
+            decoded, stored = decoded + size, stored + sum(file.stat().st_size for file in files)
+            times.append([[timed(way) for way in ways[::step]][::step] for step in steps])
     number = f"{len(times)} ({len(sources) - len(times)} left out)"
     if not times:
         return [kind, number, *["-"] * 8, setting(options, 0)]
@@ -209,13 +196,11 @@ def throughput_row(kind: str, sources: list[Source], modality: str, state: State
 
 def throughput(options: argparse.Namespace, folder: Path) -> None:
     """Prints floor and import side by side for every kind of scan."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    rows = []
+    rows, size = [], options.smaller(TYPICAL)
     for form in FORMS:
-        size = options.smaller(TYPICAL)
         write_all(write_ct, folder / form, ((form, size, seed) for seed in range(options.files)))
         state = State(folder / f"state of {form}")
-        rows.append(throughput_row(f"CT {by(size)} {form}", find(folder / form, state), "CT", state, options))
+        rows.append(throughput_row(f"CT {size} {form}", find(folder / form, state), "CT", state, options))
     if options.scans:
         state = State(folder / "state of scans")
         kinds: dict[str, list[Source]] = {modality: [] for modality in MODALITIES}
@@ -234,22 +219,22 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def peak_of_import(folder: str) -> int:
-    """Imports the scan below a folder, if any, in this process; returns the peak memory."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+def peak_of_import(options: argparse.Namespace, folder: Path) -> None:
+    """Imports the scan below a folder, if any, in this process and prints the peak memory."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         state = State(Path(place))
-        for source in find(Path(folder, "scans"), state):
+        for source in find(folder / "scans", state):
             import_source(source, Path(place), state, Settings("CT"))
             assert is_taken(source, state)
-    return peak_bytes()
+    print(peak_bytes())
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
     """Prints the peak memory of a worker for every form of the largest volume."""
 
     def peak() -> int:
-        return max(int(call("peak_of_import", folder).communicate()[0]) for _ in range(options.rounds))
+        command = [sys.executable, __file__, "--child", "peak_of_import", str(folder)]
+        return max(int(subprocess.check_output(command)) for _ in range(options.rounds))
 
     scans, size, rows = folder / "scans", options.smaller(LARGEST), []
     scans.mkdir()
@@ -257,16 +242,15 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
     for form in MEMORY_FORMS:
         write_all(write_ct, scans, [(form, size, 0)])
         decoded = floor(sorted(file for file in scans.rglob("*") if file.is_file()), folder / "floor.nii.gz")
-        above = [top := peak(), top - idle]
-        rows.append([f"{by(size)} {form}", mb([decoded]), mb([top]), mb([idle])])
-        rows[-1] += [*(f"{part / decoded:.2f}" for part in above), setting(options, options.rounds)]
+        top = peak()
+        figures = [mb([decoded]), mb([top]), mb([idle]), f"{top / decoded:.2f}", f"{(top - idle) / decoded:.2f}"]
+        rows.append([f"{size} {form}", *figures, setting(options, options.rounds)])
         shutil.rmtree(scans)
     columns = "volume | decoded MB | peak MB | idle MB | peak / decoded (target 4) | (peak - idle) / decoded"
     table("Memory of a worker", columns, rows)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Resident memory in bytes when some volumes were done."""
 
     done: int
@@ -281,39 +265,35 @@ def at_share(samples: Sequence[Sample], share: float, total: int) -> Sample:
 
 def take_sample(process: psutil.Process, masks: Path) -> Sample:
     """Looks at a running import; the process that tracks multiprocessing's resources is no worker."""
-    workers = []
-    for other in process.children():
-        with suppress(psutil.NoSuchProcess):
-            if any("spawn_main" in word for word in other.cmdline()):
-                workers.append(other.memory_info().rss)
+    workers = [other for other in process.children() if any("spawn_main" in word for word in other.cmdline())]
     done = sum(1 for _ in os.scandir(masks)) if masks.is_dir() else 0
-    return Sample(done, process.memory_info().rss, workers)
+    return Sample(done, process.memory_info().rss, [worker.memory_info().rss for worker in workers])
 
 
-def import_here(folder: str, workers: str, scheduler: str) -> str:
-    """Calls the command's function in this process; returns JSON: wall seconds, peak memory, number of cases."""
+def import_here(options: argparse.Namespace, folder: Path, workers: str, scheduler: str) -> None:
+    """Calls the command's function in this process and prints JSON: wall seconds, peak memory, number of cases."""
     start = time.perf_counter()
-    import_scans([Path(folder)], 900, "Benchmark", Settings("CT"), Workers(int(workers), scheduler or None))
+    import_scans([folder], 900, "Benchmark", Settings("CT"), Workers(int(workers), scheduler or None))
     wall_s = time.perf_counter() - start
     dataset = json.loads(Path(os.environ["nnUNet_raw"], DATASET, "dataset.json").read_text())
-    return json.dumps({"wall_s": wall_s, "peak": peak_bytes(), "cases": dataset["numTraining"]})
+    print(json.dumps({"wall_s": wall_s, "peak": peak_bytes(), "cases": dataset["numTraining"]}))
 
 
 def import_below(folder: Path, raw: Path, workers: int, scheduler: str = "") -> tuple[dict, list[Sample]]:
     """Imports the CTs below a folder to nnUNet_raw in a fresh process; returns its figures and samples of it."""
     raw.mkdir(exist_ok=True)
-    with open(raw / "log", "w") as log:
-        running = call("import_here", folder, str(workers), scheduler, stderr=log, nnUNet_raw=str(raw))
+    command = [sys.executable, __file__, "--child", "import_here", str(folder), str(workers), scheduler]
+    with open(raw / "output", "w+") as output, open(raw / "log", "w+") as log:
+        running = subprocess.Popen(command, env={**os.environ, "nnUNet_raw": str(raw)}, stdout=output, stderr=log)
         process, samples = psutil.Process(running.pid), []
         while running.poll() is None:
             with suppress(psutil.Error):  # it may just have ended
                 samples.append(take_sample(process, raw / DATASET / "labelsTr"))
             with suppress(subprocess.TimeoutExpired):
                 running.wait(1)
-    output = running.communicate()[0]
     if running.returncode:
         raise SystemExit(f"import failed:\n{(raw / 'log').read_text()}")
-    return json.loads(output.splitlines()[-1]), samples
+    return json.loads((raw / "output").read_text().splitlines()[-1]), samples
 
 
 def flat(options: argparse.Namespace, folder: Path) -> None:
@@ -327,13 +307,13 @@ def flat(options: argparse.Namespace, folder: Path) -> None:
     more, _ = import_below(scans, raw, 2)
     seen = [(f"{share:.0%} done", at_share(samples, share, total)) for share in SHARES] + [("last", samples[-1])]
     rows = [[when, str(one.done), mb([one.coordinator]), mb(one.workers), about] for when, one in seen]
-    most = max((max(one.workers, default=0) for one in samples))
-    rows.append(["peak of the run", str(first["cases"]), mb([first["peak"]]), f"up to {mb([most])}", about])
-    table(f"Memory over {total} volumes of {by(SMALL)}", "when | volumes | coordinator MB | workers MB", rows)
+    most = f"up to {mb([max(max(one.workers, default=0) for one in samples)])}"
+    rows.append(["peak of the run", str(first["cases"]), mb([first["peak"]]), most, about])
+    table(f"Memory over {total} volumes {SMALL}", "when | volumes | coordinator MB | workers MB", rows)
     rows = []
     for name, new, run in (("all", total, first), ("nothing to do", 0, again), (f"{ADDED} more", ADDED, more)):
-        wall_s, cases = run["wall_s"], str(run["cases"])
-        rows.append([name, cases, f"{wall_s:.1f}", f"{new / wall_s:.1f}", mb([run["peak"]]), about])
+        rate = f"{new / run['wall_s']:.1f}"
+        rows.append([name, str(run["cases"]), f"{run['wall_s']:.1f}", rate, mb([run["peak"]]), about])
     table("Going on", "run | cases after it | wall s | new volumes / s | coordinator peak MB", rows)
 
 
@@ -347,28 +327,17 @@ def cluster(options: argparse.Namespace, folder: Path) -> None:
     times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for number in range(options.rounds):
         for kind, workers in ways[:: -1 if number % 2 else 1]:
-            if kind == "Dask":
-                with LocalCluster(workers, threads_per_worker=1, processes=True, dashboard_address=None) as running:
-                    run, _ = import_below(scans, raw, workers, running.scheduler_address)
-            else:
-                run, _ = import_below(scans, raw, workers)
+            with LocalCluster(workers, **DASK) if kind == "Dask" else nullcontext() as dask:
+                run, _ = import_below(scans, raw, workers, dask.scheduler_address if dask else "")
             assert run["cases"] == options.items
             times[kind, workers].append(run["wall_s"])
             shutil.rmtree(raw)
     rows = []
     for (kind, workers), walls in times.items():
-        ratio = spread(np.divide(times[kind, 1], walls))
-        rate = f"{options.items / np.median(walls):.1f}"
-        rows.append([kind, str(workers), spread(walls), rate, ratio, setting(options, len(walls))])
+        figures = [spread(walls), f"{options.items / np.median(walls):.1f}", spread(np.divide(times[kind, 1], walls))]
+        rows.append([kind, str(workers), *figures, setting(options, len(walls))])
     columns = "by | workers | wall s | volumes / s | ratio to one worker (target 1.7)"
-    table(f"Workers side by side, {options.items} CTs of {by(size)} nii.gz", columns, rows)
-
-
-def call(function: str, folder: Path, *arguments: str, stderr: Any = None, **environment: str) -> subprocess.Popen:
-    """Starts a function of `CHILDREN` in a fresh process, which prints its result."""
-    command = [sys.executable, __file__, "--child", function, str(folder), *arguments]
-    environment = {**os.environ, **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    table(f"Workers side by side, {options.items} CTs {size} nii.gz", columns, rows)
 
 
 def spread(values: Any) -> str:
@@ -381,16 +350,11 @@ def mb(sizes: Sequence[int]) -> str:
     return " and ".join(f"{size / 1e6:.0f}" for size in sizes)
 
 
-def by(size: Sequence[int]) -> str:
-    """Returns XxYxZ."""
-    return "x".join(map(str, size))
-
-
 def setting(options: argparse.Namespace, n: int, more: str = "") -> str:
     """Returns what a row was measured with."""
-    versions = [f"Python {platform.python_version()}", f"nnunetv2-misfm {__version__}", f"NumPy {np.__version__}"]
-    versions += [f"{module.__name__} {module.__version__}" for module in (sitk, nibabel, pydicom)]
+    versions = [f"{name} {version(name)}" for name in ("nnunetv2-misfm", "numpy", "SimpleITK", "nibabel", "pydicom")]
     parts = [f"n = {n}", more, "1 thread", f"{os.cpu_count()} CPUs", f"{options.malloc} malloc", *versions]
+    parts.append(f"Python {sys.version.split()[0]}")
     return ", ".join(filter(None, parts))
 
 
@@ -403,7 +367,7 @@ def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 PARTS = {"throughput": throughput, "memory": memory, "flat": flat, "cluster": cluster}
-CHILDREN: dict[str, Callable[..., object]] = {"peak_of_import": peak_of_import, "import_here": import_here}
+CHILDREN: dict[str, Callable[..., None]] = {**PARTS, "peak_of_import": peak_of_import, "import_here": import_here}
 
 
 def main() -> None:
@@ -417,19 +381,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all parts but flat")
     parser.add_argument("--shrink", type=int, default=1, help="divides the sizes of the CTs, to try this script")
     parser.add_argument("--malloc", default="default", choices=tuple(MALLOC), help="glibc's")
-    parser.add_argument("--temporary", type=Path, help="where scans and datasets are made")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.smaller = lambda size: [count // options.shrink for count in size]
-    if options.child and options.child[0] in PARTS:
-        PARTS[options.child[0]](options, Path(options.child[1]))
-    elif options.child:
-        print(CHILDREN[options.child[0]](*options.child[1:]))
+    options.smaller = lambda size: tuple(count // options.shrink for count in size)
+    if options.child:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        sitk.ProcessObject.GlobalWarningDisplayOff()
+        function, folder, *arguments = options.child
+        CHILDREN[function](options, Path(folder), *arguments)
     else:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         environment |= {**MALLOC[options.malloc], "OMP_NUM_THREADS": "1"}
         for part in options.part:
-            with tempfile.TemporaryDirectory(dir=options.temporary) as place:
+            with tempfile.TemporaryDirectory() as place:
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", part, place]
                 subprocess.run(command, env=environment, check=True)
 

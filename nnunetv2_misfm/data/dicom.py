@@ -300,6 +300,8 @@ def _decode(volume: Sequence[Frame]) -> Iterator[np.ndarray]:
             yield from _decode_file(file, list(group))
         except OSError as error:
             raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from None
+        except MemoryError:  # not the file's fault
+            raise
         except Exception as error:  # decoders raise whatever they meet in broken data
             raise Refused(f"truncated or corrupt pixel data in {file.name} ({type(error).__name__})") from None
 

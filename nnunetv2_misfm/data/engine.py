@@ -61,6 +61,8 @@ def run(
     Raises:
         MisfmError: Dask is not installed, its scheduler does not answer, or there are no workers.
     """
+    if len(tasks) == 0:
+        return
     pool = _cluster(scheduler) if scheduler else _processes(workers or _num_processors())
     interval_s = 0.1 if sys.stderr.isatty() else SECONDS_PER_LOG_LINE
     style = {"unit": " items", "mininterval": interval_s, "dynamic_ncols": True}

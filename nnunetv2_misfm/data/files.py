@@ -1,7 +1,7 @@
 """Reading one file of the formats that research archives use: NIfTI-1 and -2, MGH, NRRD and MetaImage.
 
 nibabel reads the first two, SimpleITK the others. What these libraries let pass is checked here: a gzip stream that
-ends early or whose checksum fails, and a compressed MetaImage that does not unpack.
+ends early or whose checksum fails, and a compressed NRRD or MetaImage that does not unpack.
 """
 
 import gzip
@@ -37,6 +37,15 @@ _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CHUNK = 1 << 20  # bytes read at a time where only the checksum is wanted
 _GZIP_AT_MOST = 1032  # bytes that deflate makes of one at most (zlib.net/zlib_tech.html)
 _UNITS_MM = {1: ("metres", 1e3), 3: ("micrometres", 1e-3)}  # NIFTI_UNITS_METER and _MICRON of nifti1.h
+# How headers say where they end, that the voxels are packed, and which file holds them where it is another
+_PACKED = {
+    "MetaImageIO": (
+        rb"^ElementDataFile.*(\n|\Z)",
+        rb"^CompressedData *[=:] *[Tt1]",
+        rb"^ElementDataFile *[=:] *(.*\S)",
+    ),
+    "NrrdImageIO": (rb"\n\r?\n", rb"(?i)^encoding: *gz(ip)?\s*$", rb"(?i)^data ?file: *(.*\S)"),
+}
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
@@ -199,8 +208,7 @@ def _read_itk(path: Path, split_time_series: bool) -> Iterator[Volume]:
     if len(shape) == 4 and not split_time_series:
         raise Refused(_time_series(shape[3]), header)
     try:
-        if ITK_ENDINGS[ending_of(path)] == "MetaImageIO":
-            _check_metaimage_stream(path)
+        _check_stream(path)
         voxels = sitk.GetArrayFromImage(reader.Execute()).T  # a view would outlive its image
     except (*_DAMAGED, OSError, RuntimeError) as error:
         raise Refused(_damaged(error), header) from error
@@ -230,20 +238,24 @@ def itk_affine(reader: sitk.ImageFileReader) -> np.ndarray:
     return _RAS_FROM_LPS @ affine
 
 
-def _check_metaimage_stream(path: Path) -> None:
-    """Unpacks the compressed data of a MetaImage to its end: ITK itself goes on with zeros where that fails."""
+def _check_stream(path: Path) -> None:
+    """Unpacks compressed data to their end: ITK itself goes on with zeros or noise where that fails."""
+    ends, packed, names_data = _PACKED[ITK_ENDINGS[ending_of(path)]]
     with open(path, "rb") as file:
-        start = file.read(1 << 16)
-        data = re.search(rb"^ElementDataFile *[=:] *(.+?) *\r?(?:\n|\Z)", start, re.MULTILINE)
-        if data is None or not re.search(rb"^CompressedData *[=:] *[Tt1]", start, re.MULTILINE):
+        start = file.read(_CHUNK)
+        end = re.search(ends, start, re.MULTILINE)
+        header = start[: end.end()] if end else start
+        if not re.search(packed, header, re.MULTILINE):
             return
-        name = os.fsdecode(data[1])
-        if name.upper() == "LOCAL":
-            file.seek(data.end())
+        name = re.search(names_data, header, re.MULTILINE)
+        if name is None or name[1].upper() == b"LOCAL":
+            file.seek(len(header))
             _unpack(file)
             return
-    with open(path.parent / name, "rb") as file:
-        _unpack(file)
+    data = path.parent / os.fsdecode(name[1])
+    if data.is_file():  # else it is missing, or a list or pattern of files, which ITK knows
+        with open(data, "rb") as file:
+            _unpack(file)
 
 
 def _unpack(file: BinaryIO) -> None:

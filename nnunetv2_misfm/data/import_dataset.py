@@ -135,6 +135,7 @@ def _import_into(target: Target, sources: list[Source], workers: Workers) -> str
         raise MisfmError(f"no scan was accepted.\n{said}")
     _describe(target, outcomes)
     _sweep(target.folder, taken)
+    shutil.rmtree(target.state.unfinished, ignore_errors=True)  # left by workers that died
     command = f"nnUNetv2_plan_and_preprocess -d {target.folder.name[7:10]} -c 3d_fullres"
     return f"{said}\nNext: {command}"
 

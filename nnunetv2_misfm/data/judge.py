@@ -54,8 +54,7 @@ def check_geometry(volume: Volume, min_size: int = MIN_SIZE, *, allow_shear: boo
         raise Refused("2D: a single slice", volume.header, volume.part)
     if min(shape) < min_size:
         raise Refused(f"smaller than {min_size} voxels along an axis", volume.header, volume.part)
-    determinant = np.linalg.det(volume.affine[:3, :3])
-    if not np.isfinite(volume.affine).all() or not abs(determinant) > 0:
+    if not np.isfinite(volume.affine).all() or np.linalg.det(volume.affine[:3, :3]) == 0:
         raise Refused("the header gives no usable voxel size or direction", volume.header, volume.part)
     if not allow_shear and is_sheared(volume.affine):
         reason = "sheared axes (gantry tilt); --resample-sheared brings it to perpendicular ones"

@@ -102,12 +102,7 @@ def preprocess(
         done.append(sentence)
         failures.update({f"{case} ({configuration})": error for case, error in failed.items()})
     if failures:
-        names = ", ".join(sorted(failures)[:_MOST_NAMES]) + (", ..." if len(failures) > _MOST_NAMES else "")
-        first = min(failures)
-        raise MisfmError(
-            f"{len(failures)} of {len(cases) * len(configurations)} cases failed: {names}. {first} said: "
-            f"{failures[first]}. Mend them and run the same command again; the others are finished."
-        )
+        raise _failed(failures, len(cases) * len(configurations))
     return "\n".join([*done, *_copy_labels(raw, base, dataset_json, cases)])
 
 
@@ -147,6 +142,17 @@ def _target(configuration: str, plans: dict[str, Any], dataset_json: dict[str, A
     return _Target(configuration, json.dumps(plans), json.dumps(without_cases), base / identifier, own_folder)
 
 
+def _failed(failures: dict[str, Exception], num_cases: int) -> MisfmError:
+    names = sorted(failures)
+    error = failures[names[0]]
+    reason = " ".join(str(error).split()).rstrip(".")
+    return MisfmError(
+        f"{len(names)} of {num_cases} cases failed: {', '.join(names[:_MOST_NAMES])}"
+        f"{', ...' if len(names) > _MOST_NAMES else ''}. {names[0]} said: {type(error).__name__}: {reason}. "
+        "Mend them and run the same command again; the others are finished."
+    )
+
+
 def _preprocess_configuration(
     target: _Target, cases: dict[str, dict[str, Any]], workers: int | None, scheduler: str | None
 ) -> tuple[str, dict[str, Exception]]:
@@ -158,7 +164,7 @@ def _preprocess_configuration(
     for name, files in cases.items():
         try:
             paths = [*files["images"], files["label"]]
-            made_from = fingerprint(map(Path, paths), settings, json.dumps(paths))
+            made_from = fingerprint(map(Path, paths), json.dumps(paths))
         except OSError as error:
             failures[name] = error
             continue

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
@@ -524,13 +525,19 @@ def test_each_frame_of_an_enhanced_image_has_its_own_rescale(tmp_path: Path):
     assert only_volume([tmp_path / "mf"]).voxels[0, 0].tolist() == [-974, 107, 200]
 
 
-def test_the_shared_rescale_of_an_enhanced_image_is_applied(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected", "kind"),
+    [("3", "-1", 299, "i"), ("0.5", "1", 51, "f"), ("100000000", "0", 10_000_000_000, "f")],
+)
+def test_the_shared_rescale_of_an_enhanced_image_is_applied(
+    slope: str, intercept: str, expected: int, kind: str, tmp_path: Path
+):
     header = enhanced([0, 2], np.stack([np.full((ROWS, COLUMNS), 100, np.uint16)] * 2))
-    transform = item(RescaleSlope="3", RescaleIntercept="-1")
+    transform = item(RescaleSlope=slope, RescaleIntercept=intercept)
     header.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = [transform]
     header.save_as(tmp_path / "mf", enforce_file_format=True)
     voxels = only_volume([tmp_path / "mf"]).voxels
-    assert voxels.dtype.kind == "i" and voxels[0, 0].tolist() == [299, 299]
+    assert voxels.dtype.kind == kind and voxels[0, 0].tolist() == [expected, expected]
 
 
 def test_the_time_points_of_an_enhanced_image_are_taken_apart(tmp_path: Path):
@@ -559,20 +566,32 @@ def test_an_enhanced_image_with_a_missing_frame_or_cut_short_is_refused(tmp_path
     assert only_refusal([file]) == "truncated: 30 bytes of pixel data are missing in mf"
 
 
+def jpeg_frame(file: Path, values: np.ndarray) -> tuple[str, bytes]:
+    writer = sitk.ImageFileWriter()
+    writer.SetFileName(str(file))
+    writer.SetImageIO("GDCMImageIO")
+    writer.UseCompressionOn()
+    writer.SetCompressor("JPEG2000")
+    writer.Execute(sitk.GetImageFromArray(values[None]))
+    written = pydicom.dcmread(file)
+    return written.file_meta.TransferSyntaxUID, get_frame(written.PixelData, 0, number_of_frames=1)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_jpeg_compressed_enhanced_image_needs_one_rescale(alike: bool, tmp_path: Path):
-    small = pydicom.dcmread(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))
-    frame = get_frame(small.PixelData, 0, number_of_frames=1)
-    rescales = [("2", "1"), ("2", "1") if alike else ("1", "1")]
-    header = enhanced([2, 0], np.zeros((2, small.Rows, small.Columns), np.int16), rescales)
-    header.file_meta.TransferSyntaxUID = small.file_meta.TransferSyntaxUID
-    header.PixelData = encapsulate([frame, frame])
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 4000, (3, 64, 32)).astype(np.uint16)
+    coded = [jpeg_frame(tmp_path / f"{n}.dcm", frame) for n, frame in enumerate(frames)]
+    rescales = [("2", "1"), ("2", "1") if alike else ("1", "1"), ("2", "1")]
+    header = enhanced([4, 0, 2], frames, rescales)
+    header.file_meta.TransferSyntaxUID = coded[0][0]
+    assert header.file_meta.TransferSyntaxUID.is_compressed
+    header.PixelData = encapsulate([frame for _, frame in coded])
     header["PixelData"].VR = "OB"
     header.save_as(tmp_path / "mf", enforce_file_format=True)
     if alike:
-        expected = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array
-        voxels = only_volume([tmp_path / "mf"]).voxels
-        np.testing.assert_array_equal(voxels[..., 1], 2 * expected.T.astype(int) + 1)
+        expected = 2 * frames[[1, 2, 0]].astype(int) + 1
+        np.testing.assert_array_equal(only_volume([tmp_path / "mf"]).voxels, expected.T)
     else:
         assert "differ in their rescale" in only_refusal([tmp_path / "mf"])
 
