@@ -3,12 +3,12 @@
     python benchmarks/import_scans.py
     python benchmarks/import_scans.py --part throughput memory --scans ~/scans
 
-throughput: one thread. The floor is SimpleITK's ReadImage (ImageSeriesReader for DICOM) and WriteImage to .nii.gz as
-they come, at the one zlib level that it has for NIfTI; beside it `import_source` on the same files from the page cache:
-reading, checks, hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in
-reversed order every other round. Ratios are floor / import of one file in one round, median (lowest to highest);
-seconds are sums over files of the median over rounds. Scans that import refuses or SimpleITK cannot read are left out
-and counted. --link links only canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored": the files.
+throughput: one thread. The floor is SimpleITK's ReadImage (a list of slices for DICOM) and WriteImage to .nii.gz, at
+the one zlib level that it has for NIfTI; beside it `import_source` on the same files from the page cache: reading, checks,
+hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in reversed order every
+other round. Ratios are floor / import of one file in one round, median (lowest to highest); seconds are sums over files
+of the median over rounds. Of the CT and MR below --scans those that import refuses or SimpleITK cannot read are left
+out and counted. --link links canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored" is the size of the files.
 
 memory: highest peak resident memory, over all rounds, of a fresh process that imports one volume and of one that only
 loads the same modules (VmHWM; ru_maxrss would start at the parent's). "Decoded" is in the type that SimpleITK reads.
@@ -18,7 +18,6 @@ the share of the volumes that is done; then a run with nothing to do and one aft
 
 cluster: wall time of a call of `import_scans` in a fresh process, on a running local Dask cluster of one and of two
 workers and on one and two processes, which it starts; ratios are one worker / two of the same round.
-
 The CTs are the demo's phantoms enlarged to an adult's field of view, with noise in every voxel and a round field.
 """
 
@@ -154,12 +153,13 @@ def timed(way: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def find(top: Path, state: State) -> list[Source]:
-    """Returns what lies below a folder."""
+def find(top: Path, folder: Path) -> tuple[State, list[Source]]:
+    """Returns the state of an import, kept in a folder, and what lies below `top`."""
+    state = State(folder, folder)
     folders = list(folders_below([top]))
     for folder in folders:
         scan_folder(folder, state.scanned)
-    return sources_in(folders, state.scanned)
+    return state, sources_in(folders, state.scanned)
 
 
 def is_taken(source: Source, state: State) -> bool:
@@ -174,8 +174,7 @@ def throughput_row(kind: str, sources: list[Source], modality: str, state: State
         files = source.files(state.scanned)
         ways: list[partial] = [partial(floor, files, state.folder / "floor.nii.gz")]
         for settings in (Settings(modality), Settings(modality, link=True)):
-            dataset = state.folder / f"link {settings.link}"
-            ways.append(partial(import_source, source, dataset, state, settings, again=True))
+            ways.append(partial(import_source, source, state.folder / f"{settings.link}", state, settings, again=True))
         try:
             size = ways[0]()
             ways[1]()
@@ -199,12 +198,12 @@ def throughput(options: argparse.Namespace, folder: Path) -> None:
     rows, size = [], options.smaller(TYPICAL)
     for form in FORMS:
         write_all(write_ct, folder / form, ((form, size, seed) for seed in range(options.files)))
-        state = State(folder / f"state of {form}")
-        rows.append(throughput_row(f"CT {size} {form}", find(folder / form, state), "CT", state, options))
+        state, sources = find(folder / form, folder / f"state of {form}")
+        rows.append(throughput_row(f"CT {size} {form}", sources, "CT", state, options))
     if options.scans:
-        state = State(folder / "state of scans")
+        state, sources = find(options.scans, folder / "state of scans")
         kinds: dict[str, list[Source]] = {modality: [] for modality in MODALITIES}
-        for source in find(options.scans, state):
+        for source in sources:
             kinds.setdefault(probe_modality(source, state) or "", []).append(source)
         for kind in MODALITIES:
             rows.append(throughput_row(f"{kind} of {options.scans.name}", kinds[kind], kind, state, options))
@@ -215,15 +214,14 @@ def throughput(options: argparse.Namespace, folder: Path) -> None:
 
 def peak_bytes() -> int:
     """Returns the peak resident memory of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def peak_of_import(options: argparse.Namespace, folder: Path) -> None:
     """Imports the scan below a folder, if any, in this process and prints the peak memory."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        state = State(Path(place))
-        for source in find(folder / "scans", state):
+        state, sources = find(folder / "scans", Path(place))
+        for source in sources:
             import_source(source, Path(place), state, Settings("CT"))
             assert is_taken(source, state)
     print(peak_bytes())

@@ -23,10 +23,10 @@ from nnunetv2.paths import nnUNet_raw
 
 from nnunetv2_misfm import __version__
 from nnunetv2_misfm.data import engine
-from nnunetv2_misfm.data.import_scan import FILE_ENDING, CannotWrite, import_source
+from nnunetv2_misfm.data.import_scan import FILE_ENDING, import_source
 from nnunetv2_misfm.data.modality import MODALITIES, probe_modality
 from nnunetv2_misfm.data.outcome import Outcome, Settings
-from nnunetv2_misfm.data.records import State
+from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.report import REPORT, TAKEN, settle_duplicates, summary, write_report
 from nnunetv2_misfm.data.sources import Source, folders_below, scan_folder, sources_in
 from nnunetv2_misfm.errors import MisfmError
@@ -90,7 +90,7 @@ def import_scans(
         MisfmError: The dataset's id or name cannot be used, it was made in another way, the inputs are no folders or
             hold both CT and MR, no scan was accepted (the report says why), or the disk is full.
     """
-    raw = _raw_folder(dataset_id, name, inputs)
+    raw = _raw_folder(dataset_id, name, inputs, split_by_modality)
     with _locked(raw / STATE_FOLDER / f"Dataset{dataset_id:03d}") as pool:
         folders = list(folders_below(inputs))
         unreadable = _run(partial(scan_folder, scanned=pool.scanned), folders, workers, "Looking for scans")
@@ -195,13 +195,7 @@ def _by_modality(sources: list[Source], pool: State, workers: Workers, split: bo
     """Returns the sources of each modality; those that are neither CT nor MR, or unreadable, go with the first."""
     found: dict[str, list[Source]] = {modality: [] for modality in MODALITIES}
     neither: list[Source] = []
-    for source, modality in engine.run(
-        partial(probe_modality, state=pool),
-        sources,
-        workers=workers.number,
-        scheduler=workers.scheduler,
-        description="Telling CT from MR",
-    ):
+    for source, modality in _results(partial(probe_modality, state=pool), sources, workers, "Telling CT from MR"):
         found.get(modality if isinstance(modality, str) else "", neither).append(source)
     found = {modality: some for modality, some in found.items() if some}
     if len(found) > 1 and not split:
@@ -215,19 +209,27 @@ def _by_modality(sources: list[Source], pool: State, workers: Workers, split: bo
 
 
 def _run(function: Callable[[Any], None], tasks: Sequence[Any], workers: Workers, description: str) -> dict[Any, str]:
-    """Runs a function that records its own results; returns the tasks that failed with their reasons.
+    """Runs a function that records its own results; returns the tasks that failed with their reasons."""
+    return {
+        task: f"failed: {type(outcome).__name__}: {outcome}"
+        for task, outcome in _results(function, tasks, workers, description)
+        if isinstance(outcome, Exception)
+    }
+
+
+def _results(
+    function: Callable[[Any], Any], tasks: Sequence[Any], workers: Workers, description: str
+) -> Iterator[tuple[Any, Any]]:
+    """Yields every task with its result or exception.
 
     Raises:
         CannotWrite: The disk is full.
     """
-    failed = {}
     results = engine.run(function, tasks, workers=workers.number, scheduler=workers.scheduler, description=description)
     for task, outcome in results:
         if isinstance(outcome, CannotWrite):
             raise outcome
-        if isinstance(outcome, Exception):
-            failed[task] = f"failed: {type(outcome).__name__}: {outcome}"
-    return failed
+        yield task, outcome
 
 
 def _no_scans(folder: str, pool: State, unreadable: str | None) -> list[Outcome]:
@@ -245,11 +247,12 @@ def _record_no_scans(no_scans: dict[str, list[Outcome]], state: State) -> None:
             state.imported.put(folder, "", rows)
 
 
-def _raw_folder(dataset_id: int, name: str, inputs: Sequence[Path]) -> Path:
+def _raw_folder(dataset_id: int, name: str, inputs: Sequence[Path], split_by_modality: bool) -> Path:
     if not nnUNet_raw.is_set():
         raise MisfmError("expected the environment variable nnUNet_raw to name a folder, but it is not set.")
-    if not 1 <= dataset_id <= 999:
-        raise MisfmError(f"expected a dataset id from 1 to 999, got {dataset_id}.")
+    highest = 998 if split_by_modality else 999  # nnU-Net writes ids with three digits
+    if not 1 <= dataset_id <= highest:
+        raise MisfmError(f"expected a dataset id from 1 to {highest}, got {dataset_id}.")
     if not VALID_NAME.fullmatch(name):
         raise MisfmError(f"expected a name of letters, digits, _ . and -, without __, got {name!r}.")
     raw = Path(str(nnUNet_raw)).absolute()
@@ -265,7 +268,7 @@ def _open(folder: Path, raw: Path, number: int, settings: Settings, pool: State)
     Raises:
         MisfmError: The id belongs to another dataset, or the dataset was made otherwise or with other settings.
     """
-    state = State(raw / STATE_FOLDER / f"Dataset{number:03d}") if pool.folder.name != f"Dataset{number:03d}" else pool
+    state = State(raw / STATE_FOLDER / f"Dataset{number:03d}", pool.pool)
     others = [other.name for other in raw.glob(f"Dataset{number:03d}_*") if other != folder]
     if others:
         raise MisfmError(f"dataset id {number} is taken by {others[0]}: choose another with --dataset.")
@@ -291,6 +294,6 @@ def _locked(folder: Path) -> Iterator[State]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            yield State(folder)
+            yield State(folder, folder)
     except Timeout as error:
         raise MisfmError(f"another import into the same dataset id is running ({folder / 'lock'} is held).") from error

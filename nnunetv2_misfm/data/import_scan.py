@@ -18,7 +18,7 @@ from nnunetv2_misfm.data.files import itk_affine, read_file
 from nnunetv2_misfm.data.judge import check_geometry, check_intensities, stored_form, survey
 from nnunetv2_misfm.data.modality import lacks_offset
 from nnunetv2_misfm.data.outcome import Outcome, Settings
-from nnunetv2_misfm.data.records import State, fingerprint
+from nnunetv2_misfm.data.records import CannotWrite, State, fingerprint
 from nnunetv2_misfm.data.sources import Source
 from nnunetv2_misfm.data.volume import (
     SAME_PLACE_MM,
@@ -30,16 +30,11 @@ from nnunetv2_misfm.data.volume import (
     is_sheared,
     resample_sheared,
 )
-from nnunetv2_misfm.errors import MisfmError
 
 FILE_ENDING = ".nii.gz"
 # What nnU-Net's SimpleITK reader lists and a link may point to
 _LINKABLE_ENDINGS = (".nii.gz", ".nrrd", ".mha")
 _CHUNK = 1 << 20
-
-
-class CannotWrite(MisfmError):
-    """The dataset's disk takes no more: the run must stop, and can go on later."""
 
 
 def import_source(source: Source, dataset: Path, state: State, settings: Settings, again: bool = False) -> None:
@@ -204,7 +199,4 @@ def _write(voxels: np.ndarray, affine: np.ndarray, target: Path, unfinished: Pat
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CannotWrite(
-            f"{target} could not be written ({error}): make room, then start the same command again; "
-            "it goes on where it was."
-        ) from error
+        raise CannotWrite(target, error) from error

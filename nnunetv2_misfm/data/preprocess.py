@@ -164,7 +164,7 @@ def _preprocess_configuration(
     for name, files in cases.items():
         try:
             paths = [*files["images"], files["label"]]
-            made_from = fingerprint(map(Path, paths), json.dumps(paths))
+            made_from = fingerprint(map(Path, paths), settings, json.dumps(paths))
         except OSError as error:
             failures[name] = error
             continue

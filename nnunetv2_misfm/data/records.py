@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from nnunetv2_misfm.errors import MisfmError
 
 
 def fingerprint(files: Iterable[Path], *settings: str) -> str:
@@ -26,6 +29,20 @@ def fingerprint(files: Iterable[Path], *settings: str) -> str:
         status = file.stat()
         digest.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+class CannotWrite(MisfmError):
+    """The disk takes no more: the run must stop, and can go on later."""
+
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(
+            f"{path} could not be written ({error}): make room, then start the same command again; "
+            "it goes on where it was."
+        )
+        self.arguments = (path, error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.arguments
 
 
 class Records:
@@ -46,12 +63,20 @@ class Records:
         return None if stored is None else stored["record"]
 
     def put(self, key: str, made_from: str, record: Any) -> None:
-        """Writes a record of plain data, replacing the one of the same key."""
+        """Writes a record of plain data, replacing the one of the same key.
+
+        Raises:
+            CannotWrite: The disk is full, say.
+        """
         file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"key": key, "made_from": made_from, "record": record}, sort_keys=True))
-        os.replace(unfinished, file)
+        unfinished = file.with_suffix(f".{uuid4().hex}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"key": key, "made_from": made_from, "record": record}, sort_keys=True))
+            os.replace(unfinished, file)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise CannotWrite(file, error) from error
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yields (key, record) of all that were ever put and not replaced, in the order of the keys' hashes."""
@@ -76,19 +101,21 @@ class State:
 
     Attributes:
         folder: of this dataset's state.
+        pool: of what is known of the sources, which datasets made of one pool share.
     """
 
     folder: Path
+    pool: Path
 
     @property
     def scanned(self) -> Records:
         """What lies in which folder (`sources.scan_folder`)."""
-        return Records(self.folder / "scanned")
+        return Records(self.pool / "scanned")
 
     @property
     def probed(self) -> Records:
         """The modality of every source, where it had to be found out."""
-        return Records(self.folder / "probed")
+        return Records(self.pool / "probed")
 
     @property
     def imported(self) -> Records:

@@ -176,6 +176,14 @@ def test_a_mixed_pool_becomes_one_dataset_of_each_modality_where_asked(raw, pool
         assert json.loads((dataset / "dataset.json").read_text())["channel_names"] == {"0": modality}
 
 
+def test_series_of_both_modalities_are_split_too(raw, tmp_path):
+    write_series(tmp_path / "pool/a", ct(0))
+    write_series(tmp_path / "pool/b", ct(1), "MR")
+    import_scans([tmp_path / "pool"], 900, "Pool", Settings("auto"), ONE, split_by_modality=True)
+    for dataset in ("Dataset900_PoolCT", "Dataset901_PoolMR"):
+        assert [(row["verdict"], row["files"]) for row in report(raw / dataset)] == [("accepted", "20")]
+
+
 def test_auto_takes_the_one_modality_of_the_pool(raw, tmp_path):
     write(tmp_path / "pool/a.nii", mr(0))
     import_scans([tmp_path / "pool"], 900, "Pool", Settings("auto"), ONE)
@@ -242,7 +250,7 @@ def test_a_dicom_series_over_two_folders_is_one_scan_and_no_identity_reaches_the
             assert secret.encode() not in content, (name, secret)
 
 
-def write_series(folder: Path, voxels: np.ndarray) -> list[str]:
+def write_series(folder: Path, voxels: np.ndarray, modality: str = "CT") -> list[str]:
     """Every second slice in another folder; returns what identifies the patient."""
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -257,7 +265,7 @@ def write_series(folder: Path, voxels: np.ndarray) -> list[str]:
         slice_.PatientName, slice_.PatientID, slice_.PatientBirthDate = "Doe^Erika", "MRN-4711-X", "19640812"
         slice_.AccessionNumber, slice_.InstitutionName = "ACC-99887766", "St Elsewhere"
         slice_.StudyDescription, slice_.StudyDate = "Abdomen of Erika", "20240131"
-        slice_.Modality, slice_.SeriesInstanceUID, slice_.StudyInstanceUID = "CT", series, study
+        slice_.Modality, slice_.SeriesInstanceUID, slice_.StudyInstanceUID = modality, series, study
         slice_.FrameOfReferenceUID = frame
         slice_.Rows, slice_.Columns = voxels.shape[1], voxels.shape[0]
         slice_.PixelSpacing, slice_.ImageOrientationPatient = [1.0, 1.0], [1, 0, 0, 0, 1, 0]

@@ -1,6 +1,7 @@
 """Real processes of a real import are killed in its middle; the result must be that of an import left in peace."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def test_an_import_killed_again_and_again_ends_with_the_same_bytes(pool, peacefu
     assert tree(tmp_path) == peaceful
     untouched = [file for file, time_ns in before.items() if file.exists() and file.stat().st_mtime_ns == time_ns]
     assert len(untouched) >= min(recorded, 10)
+
+
+def test_a_disk_that_takes_no_more_stops_the_run_and_room_lets_it_go_on(pool, peaceful, tmp_path):
+    limit = 20_000  # bytes of a file, less than a scan needs; writing on fails as on a full disk
+    stopped = subprocess.run(
+        command(pool),
+        env=environment(tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert stopped.returncode == 2
+    assert "could not be written" in stopped.stderr and "start the same command again" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not list(tmp_path.glob("Dataset900_Pool/*/*"))
+    subprocess.run(command(pool), env=environment(tmp_path), check=True, capture_output=True, timeout=300)
+    assert tree(tmp_path) == peaceful
 
 
 def test_a_worker_killed_in_the_middle_changes_nothing(pool, peaceful, tmp_path):

@@ -10,16 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scans import LPS, ORIENTATIONS, affine_of, ct, mr, rotation, write
 
-from nnunetv2_misfm.data.import_scan import CannotWrite, import_source
+from nnunetv2_misfm.data.import_scan import import_source
 from nnunetv2_misfm.data.outcome import Outcome, Settings
-from nnunetv2_misfm.data.records import State
+from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.sources import Source
 
 CT = Settings("CT")
 
 
 def import_one(tmp_path: Path, file: Path, chosen: Settings = CT) -> list[Outcome]:
-    state = State(tmp_path / "state")
+    state = State(tmp_path / "state", tmp_path / "state")
     source = Source(str(file))
     import_source(source, tmp_path / "dataset", state, chosen)
     return [Outcome(**row) for row in state.imported.last(source.key)]
@@ -93,7 +93,7 @@ def test_voxels_and_geometry_survive_for_any_shape_spacing_orientation_and_type(
     assert outcome.verdict == "accepted", outcome.reason
     image, _ = written(tmp_path, outcome)
     # every corner and some voxels inside: where the source's own geometry puts them, the written image has their value
-    indices = [tuple(0 if bit else size - 1 for bit, size in zip(bits, shape, strict=True)) for bits in np.ndindex(2, 2, 2)]
+    indices = [tuple(bit * (size - 1) for bit, size in zip(bits, shape, strict=True)) for bits in np.ndindex(2, 2, 2)]
     indices += [tuple(generator.integers(0, shape)) for _ in range(20)]
     for index in indices:
         place_lps = (affine @ [*index, 1])[:3] * (-1, -1, 1)
