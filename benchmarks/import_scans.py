@@ -4,11 +4,11 @@
     python benchmarks/import_scans.py --part throughput memory --scans ~/scans
 
 throughput: one thread. The floor is SimpleITK's ReadImage (a list of slices for DICOM) and WriteImage to .nii.gz, at
-the one zlib level that it has for NIfTI; beside it `import_source` on the same files from the page cache: reading, checks,
-hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in reversed order every
-other round. Ratios are floor / import of one file in one round, median (lowest to highest); seconds are sums over files
-of the median over rounds. Of the CT and MR below --scans those that import refuses or SimpleITK cannot read are left
-out and counted. --link links canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored" is the size of the files.
+the one zlib level that it has for NIfTI; beside it `import_source` on the same files, in the page cache: reading,
+checks, hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in reversed order
+every other round. Ratios are floor / import of one file in one round, median (lowest to highest); seconds are sums over
+files of the median over rounds. Scans of --scans that import refuses or SimpleITK cannot read are left out and counted.
+--link links canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored" is the size of the files.
 
 memory: highest peak resident memory, over all rounds, of a fresh process that imports one volume and of one that only
 loads the same modules (VmHWM; ru_maxrss would start at the parent's). "Decoded" is in the type that SimpleITK reads.
@@ -319,7 +319,7 @@ def cluster(options: argparse.Namespace, folder: Path) -> None:
     """Prints wall times of one and two workers, of Dask and of the process pool."""
     from distributed import LocalCluster
 
-    size, scans, raw = options.smaller(MEDIUM), folder / "scans", folder / "raw"
+    size, scans, raw, rows = options.smaller(MEDIUM), folder / "scans", folder / "raw", []
     write_all(write_ct, scans, (("nii.gz", size, seed) for seed in range(options.items)))
     ways = [("Dask", 1), ("Dask", 2), ("processes", 1), ("processes", 2)]
     times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
@@ -330,7 +330,6 @@ def cluster(options: argparse.Namespace, folder: Path) -> None:
             assert run["cases"] == options.items
             times[kind, workers].append(run["wall_s"])
             shutil.rmtree(raw)
-    rows = []
     for (kind, workers), walls in times.items():
         figures = [spread(walls), f"{options.items / np.median(walls):.1f}", spread(np.divide(times[kind, 1], walls))]
         rows.append([kind, str(workers), *figures, setting(options, len(walls))])
