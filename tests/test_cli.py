@@ -20,7 +20,9 @@ from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import Finding
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("path", "enable", "disable", "check", "configure", "plan", "preview", "convert", "demo")
+COMMANDS = (
+    *("path", "enable", "disable", "check", "import", "preprocess", "configure", "plan", "preview", "convert", "demo"),
+)
 
 
 class Recorder:

@@ -44,9 +44,10 @@ def test_a_duplicate_keeps_what_the_file_says_of_itself():
 
 
 def test_equal_voxels_elsewhere_and_other_voxels_here_are_no_duplicates():
-    outcomes = [taken("a"), taken("b", shift_mm=5), taken("c", "two"), taken("d", shift_mm=5)]
-    assert verdicts(outcomes) == {"a": "accepted", "b": "accepted", "c": "accepted", "d": "duplicate"}
-    assert settle_duplicates(outcomes)[3].case == "scan_b"
+    outcomes = [taken("a"), taken("b", shift_mm=5), taken("c", "two"), taken("d", shift_mm=5), taken("e")]
+    settled = settle_duplicates(outcomes)
+    assert [outcome.verdict for outcome in settled] == ["accepted", "accepted", "accepted", "duplicate", "duplicate"]
+    assert [outcome.case for outcome in settled] == ["scan_a", "scan_b", "scan_c", "scan_b", "scan_a"]
 
 
 @pytest.mark.parametrize(("shift_mm", "verdict"), [(0.0009, "duplicate"), (0.0011, "accepted"), (-0.0009, "duplicate")])
