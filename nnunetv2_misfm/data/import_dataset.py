@@ -6,34 +6,33 @@ workers, settle which of equal scans counts, and write the dataset's description
 workers finish. A dataset is the union of all that was ever imported into it.
 """
 
-import json
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from nnunetv2.paths import nnUNet_raw
-
-from nnunetv2_misfm import __version__
 from nnunetv2_misfm.data import engine
-from nnunetv2_misfm.data.import_scan import FILE_ENDING, import_source
+from nnunetv2_misfm.data.import_scan import import_source
 from nnunetv2_misfm.data.modality import MODALITIES, probe_modality
 from nnunetv2_misfm.data.outcome import Outcome, Settings
 from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.report import REPORT, TAKEN, settle_duplicates, summary, write_report
 from nnunetv2_misfm.data.sources import Source, folders_below, scan_folder, sources_in
+from nnunetv2_misfm.data.target import (
+    Target,
+    check_target,
+    describe,
+    is_there,
+    locked,
+    open_target,
+    raw_folder,
+    state_folder,
+    sweep,
+)
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import VALID_NAME, write_json
-
-STATE_FOLDER = ".misfm_import"  # beside the datasets; nnU-Net looks only at folders called Dataset...
-_OUR_FILES = re.compile(r"scan_[0-9a-f]{16}(_0000)?" + re.escape(FILE_ENDING))
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,6 @@ class Workers:
 
     number: int | None = None
     scheduler: str | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """A dataset being made.
-
-    Attributes:
-        folder: in nnUNet_raw.
-        state: what is known of it.
-        settings: how its scans are judged.
-    """
-
-    folder: Path
-    state: State
-    settings: Settings
 
 
 def import_scans(
@@ -90,23 +74,30 @@ def import_scans(
         MisfmError: The dataset's id or name cannot be used, it was made in another way, the inputs are no folders or
             hold both CT and MR, no scan was accepted (the report says why), or the disk is full.
     """
-    raw = _raw_folder(dataset_id, name, inputs, split_by_modality)
-    with _locked(raw / STATE_FOLDER / f"Dataset{dataset_id:03d}") as pool:
+    if split_by_modality and settings.modality != "auto":
+        raise MisfmError(f"expected --modality auto with --split-by-modality, got {settings.modality}: leave one out.")
+    raw = raw_folder(dataset_id, name, inputs, split_by_modality)
+    places = {settings.modality: (dataset_id, raw / f"Dataset{dataset_id:03d}_{name}")}
+    if split_by_modality:
+        numbers = {modality: dataset_id + place for place, modality in enumerate(MODALITIES)}
+        places = {kind: (number, raw / f"Dataset{number:03d}_{name}{kind}") for kind, number in numbers.items()}
+    for number, folder in places.values():
+        check_target(folder, number, settings)
+    with locked(state_folder(raw, dataset_id)) as pool:
         folders = list(folders_below(inputs))
         unreadable = _run(partial(scan_folder, scanned=pool.scanned), folders, workers, "Looking for scans")
+        _require_same_files(unreadable, workers)
         sources = sources_in(folders, pool.scanned)
         no_scans = {folder: _no_scans(folder, pool, unreadable.get(folder)) for folder in folders}
-        if settings.modality == "auto" or split_by_modality:
+        if settings.modality == "auto":
             by_modality = _by_modality(sources, pool, workers, split_by_modality)
         else:
             by_modality = {settings.modality: sources}
-        said = []
-        for place, (modality, some) in enumerate(by_modality.items()):
-            suffix = modality if split_by_modality else ""
-            number = dataset_id + MODALITIES.index(modality) if split_by_modality else dataset_id
-            folder = raw / f"Dataset{number:03d}_{name}{suffix}"
-            target = _open(folder, raw, number, replace(settings, modality=modality), pool)
-            if place == 0:
+        said: list[str] = []
+        for modality, some in by_modality.items():
+            number, folder = places[modality if split_by_modality else settings.modality]
+            target = open_target(folder, number, replace(settings, modality=modality), pool)
+            if not said:  # what is no scan stands in the first report
                 _record_no_scans(no_scans, target.state)
             said.append(_import_into(target, some, workers))
     return "\n\n".join(said)
@@ -117,27 +108,27 @@ def _import_into(target: Target, sources: list[Source], workers: Workers) -> str
     import_one = partial(import_source, dataset=target.folder, state=target.state, settings=target.settings)
     failed = _run(import_one, sources, workers, f"Importing {target.settings.modality}")
     outcomes = _settled(target, failed)
-    gone = {o.path for o in outcomes if o.verdict in TAKEN and not _is_there(target.folder, o)}
+    gone = {o.path for o in outcomes if o.verdict in TAKEN and not is_there(target.folder, o)}
     if gone:
         again = [source for source in sources if source.path in gone]
         failed |= _run(partial(import_one, again=True), again, workers, "Importing again what is gone")
         outcomes = _settled(target, failed)
-    lost = [o for o in outcomes if o.verdict in TAKEN and not _is_there(target.folder, o)]
-    if lost:
-        raise MisfmError(
-            f"{len(lost)} scans imported earlier are gone from {target.folder}, the first {lost[0].path}: "
-            "name their folder at --input too, so that they can be imported again."
-        )
+    outcomes = [_lost(o) if o.verdict in TAKEN and not is_there(target.folder, o) else o for o in outcomes]
     write_report(outcomes, target.folder)
     taken = [outcome for outcome in outcomes if outcome.verdict in TAKEN]
     said = f"{target.folder}\n\n{summary(outcomes)}\n\nEvery file is listed in {target.folder / REPORT}"
     if not taken:
         raise MisfmError(f"no scan was accepted.\n{said}")
-    _describe(target, outcomes)
-    _sweep(target.folder, taken)
+    describe(target, outcomes)
+    sweep(target.folder, taken)
     shutil.rmtree(target.state.unfinished, ignore_errors=True)  # left by workers that died
     command = f"nnUNetv2_plan_and_preprocess -d {target.folder.name[7:10]} -c 3d_fullres"
     return f"{said}\nNext: {command}"
+
+
+def _lost(outcome: Outcome) -> Outcome:
+    reason = "imported earlier, but its files are gone from the dataset; with its folder at --input it comes back"
+    return replace(outcome, verdict="rejected", reason=reason, case="", image="")
 
 
 def _settled(target: Target, failed: dict[Source, str]) -> list[Outcome]:
@@ -148,47 +139,6 @@ def _settled(target: Target, failed: dict[Source, str]) -> list[Outcome]:
     if target.settings.keep_duplicates:
         return sorted(outcomes, key=lambda outcome: (outcome.path, len(outcome.part), outcome.part))
     return settle_duplicates(outcomes)
-
-
-def _is_there(folder: Path, outcome: Outcome) -> bool:
-    return (folder / outcome.image).is_file() and (folder / "labelsTr" / f"{outcome.case}{FILE_ENDING}").is_file()
-
-
-def _describe(target: Target, outcomes: list[Outcome]) -> None:
-    """Writes dataset.json. It lists every case, as nnU-Net allows: finding them by name takes it n^2 comparisons."""
-    taken = sorted((outcome for outcome in outcomes if outcome.verdict in TAKEN), key=lambda outcome: outcome.case)
-    verdicts = Counter(outcome.verdict for outcome in outcomes)
-    content = {
-        "name": target.folder.name.split("_", 1)[1],
-        "channel_names": {"0": target.settings.modality},
-        "labels": {"background": 0, "body": 1},
-        "numTraining": len(taken),
-        "file_ending": FILE_ENDING,
-        "overwrite_image_reader_writer": "SimpleITKIO",
-        "misfm": {
-            "labels": "body_mask",
-            "source": "import",
-            "version": __version__,
-            "settings": asdict(target.settings),
-            "verdicts": dict(sorted(verdicts.items())),
-            "report": REPORT,
-        },
-        "dataset": {
-            outcome.case: {"images": [outcome.image], "label": f"labelsTr/{outcome.case}{FILE_ENDING}"}
-            for outcome in taken
-        },
-    }
-    write_json(content, target.folder / "dataset.json")
-
-
-def _sweep(folder: Path, taken: list[Outcome]) -> None:
-    """Removes images and masks of ours that belong to no case: of duplicates, and of files that have changed."""
-    images = {os.path.basename(outcome.image) for outcome in taken if not os.path.isabs(outcome.image)}
-    masks = {f"{outcome.case}{FILE_ENDING}" for outcome in taken}
-    for part, wanted in (("imagesTr", images), ("labelsTr", masks)):
-        for entry in os.scandir(folder / part) if (folder / part).is_dir() else ():
-            if _OUR_FILES.fullmatch(entry.name) and entry.name not in wanted:
-                os.unlink(entry.path)
 
 
 def _by_modality(sources: list[Source], pool: State, workers: Workers, split: bool) -> dict[str, list[Source]]:
@@ -232,6 +182,17 @@ def _results(
         yield task, outcome
 
 
+def _require_same_files(unreadable: dict[str, str], workers: Workers) -> None:
+    unseen = [
+        folder for folder, reason in unreadable.items() if "FileNotFoundError" in reason and os.path.isdir(folder)
+    ]
+    if workers.scheduler and unseen:
+        raise MisfmError(
+            f"the workers of the Dask scheduler at {workers.scheduler} do not see {unseen[0]}: all machines need the "
+            "scans and nnUNet_raw under the same paths."
+        )
+
+
 def _no_scans(folder: str, pool: State, unreadable: str | None) -> list[Outcome]:
     """The rows of the files in one folder that are no scans, or of the folder itself."""
     if unreadable is not None:
@@ -245,55 +206,3 @@ def _record_no_scans(no_scans: dict[str, list[Outcome]], state: State) -> None:
         rows = [asdict(outcome) for outcome in outcomes]
         if rows != (state.imported.last(folder) or []):
             state.imported.put(folder, "", rows)
-
-
-def _raw_folder(dataset_id: int, name: str, inputs: Sequence[Path], split_by_modality: bool) -> Path:
-    if not nnUNet_raw.is_set():
-        raise MisfmError("expected the environment variable nnUNet_raw to name a folder, but it is not set.")
-    highest = 998 if split_by_modality else 999  # nnU-Net writes ids with three digits
-    if not 1 <= dataset_id <= highest:
-        raise MisfmError(f"expected a dataset id from 1 to {highest}, got {dataset_id}.")
-    if not VALID_NAME.fullmatch(name):
-        raise MisfmError(f"expected a name of letters, digits, _ . and -, without __, got {name!r}.")
-    raw = Path(str(nnUNet_raw)).absolute()
-    for top in inputs:
-        if top.is_dir() and raw.resolve().is_relative_to(top.resolve()):
-            raise MisfmError(f"expected folders outside {raw}, got {top}, which holds it: name the scans' own folders.")
-    return raw
-
-
-def _open(folder: Path, raw: Path, number: int, settings: Settings, pool: State) -> Target:
-    """Returns the dataset to be made or added to.
-
-    Raises:
-        MisfmError: The id belongs to another dataset, or the dataset was made otherwise or with other settings.
-    """
-    state = State(raw / STATE_FOLDER / f"Dataset{number:03d}", pool.pool)
-    others = [other.name for other in raw.glob(f"Dataset{number:03d}_*") if other != folder]
-    if others:
-        raise MisfmError(f"dataset id {number} is taken by {others[0]}: choose another with --dataset.")
-    made_with = {**asdict(settings), "name": folder.name}
-    known = state.folder / "settings.json"
-    if not folder.exists():  # new, or deleted by the user: what was recorded of it no longer holds
-        shutil.rmtree(state.imported.folder, ignore_errors=True)
-        state.folder.mkdir(parents=True, exist_ok=True)
-        write_json(made_with, known)
-        folder.mkdir(parents=True)
-    elif not known.is_file():
-        raise MisfmError(f"{folder} was not made by import: choose another --dataset and --name.")
-    elif (earlier := json.loads(known.read_text())) != made_with:
-        changed = ", ".join(f"{key}={earlier.get(key)!r}" for key in made_with if earlier.get(key) != made_with[key])
-        raise MisfmError(f"{folder} was made with {changed}: use the same settings to add to it, or another --dataset.")
-    shutil.rmtree(state.unfinished, ignore_errors=True)
-    return Target(folder, state, settings)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[State]:
-    """Holds the state of a dataset for this process alone; the system lets go of it when the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield State(folder, folder)
-    except Timeout as error:
-        raise MisfmError(f"another import into the same dataset id is running ({folder / 'lock'} is held).") from error

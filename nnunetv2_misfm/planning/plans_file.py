@@ -69,6 +69,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise MisfmError(f"{path} could not be written ({error}); the former plans are intact.") from error
+        raise MisfmError(f"{path} could not be written ({error}); the former file is intact.") from error
     finally:
         temporary.unlink(missing_ok=True)

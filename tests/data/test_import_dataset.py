@@ -140,6 +140,22 @@ def test_a_case_deleted_from_the_dataset_is_imported_again(raw, pool):
     assert tree(dataset) == before
 
 
+def test_a_lost_case_whose_source_is_gone_is_reported_and_comes_back_with_its_folder(raw, pool, tmp_path):
+    import_scans([pool], 900, "CTPool", CT, ONE)
+    dataset = raw / "Dataset900_CTPool"
+    before = tree(dataset)
+    next((dataset / "labelsTr").glob("*")).unlink()
+    write(tmp_path / "other/a.nii", ct(9))
+    import_scans([tmp_path / "other"], 900, "CTPool", CT, ONE)
+    assert sorted(verdicts(dataset).values()) == ["accepted"] * 3 + ["rejected"]
+    assert any("with its folder at --input it comes back" in row["reason"] for row in report(dataset))
+    (tmp_path / "other/a.nii").unlink()
+    import_scans([pool], 900, "CTPool", CT, ONE)
+    assert len(images(dataset)) == 4 and before.items() - tree(dataset).items() <= {
+        (name, before[name]) for name in ("dataset.json", "import_report.csv")
+    }
+
+
 def test_a_deleted_dataset_starts_anew(raw, pool, tmp_path):
     import_scans([pool], 900, "CTPool", CT, ONE)
     shutil.rmtree(raw / "Dataset900_CTPool")
@@ -199,9 +215,9 @@ def test_nothing_accepted_is_an_error_that_leaves_the_report(raw, tmp_path):
 
 
 def test_clear_sentences_for_what_cannot_be_done(raw, pool, tmp_path, monkeypatch):
-    def sentence(inputs=(pool,), number=900, name="Pool", settings=CT) -> str:
+    def sentence(inputs=(pool,), number=900, name="Pool", settings=CT, split=False) -> str:
         with pytest.raises(MisfmError) as caught:
-            import_scans(list(inputs), number, name, settings, ONE)
+            import_scans(list(inputs), number, name, settings, ONE, split_by_modality=split)
         return str(caught.value)
 
     assert "expected folders after --input" in sentence([tmp_path / "nowhere"])
@@ -214,6 +230,7 @@ def test_clear_sentences_for_what_cannot_be_done(raw, pool, tmp_path, monkeypatc
     shutil.rmtree(raw / "Dataset900_Theirs")
     import_scans([pool], 900, "Pool", CT, ONE)
     assert "was made with min_size=8" in sentence(settings=Settings("CT", min_size=9))
+    assert "leave one out" in sentence(settings=CT, split=True)
     monkeypatch.delenv("nnUNet_raw")
     assert "nnUNet_raw" in sentence()
 

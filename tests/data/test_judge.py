@@ -169,7 +169,7 @@ def images() -> dict[str, np.ndarray]:
         "CT": ct,
         "CT with NaN around": np.where(ct > -500, ct, np.nan),
         "windowed CT": window,
-        "CT in a narrow window": np.clip((ct + 150) * (255 / 160), 0, 255).round().astype(np.uint8),
+        "CT in a narrow window": np.clip((ct + 200) * (255 / 140), 0, 255).round().astype(np.uint8),
         "windowed CT, turned": np.transpose(window, (2, 0, 1)),
         "CT without its background": masked,
     }

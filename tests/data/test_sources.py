@@ -247,6 +247,14 @@ def test_a_changed_folder_is_scanned_again(pool, scanned, monkeypatch, change):
     assert [[file.name for file in source.files(scanned)] for source in found] == expected[change]
 
 
+def test_a_new_link_to_nothing_is_noticed_in_a_folder_known_already(pool, scanned):
+    touch(pool, "a.nii")
+    scan(pool, scanned)
+    (pool / "gone.nii").symlink_to(pool / "nowhere")
+    scan(pool, scanned)
+    assert others(pool, scanned) == {"gone.nii": "a link to nothing"}
+
+
 def test_many_files_of_one_folder_are_each_named_once(pool, scanned):
     for number in range(300):
         slice_of(pool / f"IM{number}", ONE if number % 2 else TWO)

@@ -269,7 +269,7 @@ def test_full_disk_leaves_the_former_plans(workspace: Workspace, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", full)
     refused(
-        workspace, "nnUNetPlans.json could not be written .*No space left.*the former plans are intact", "num_epochs=1"
+        workspace, "nnUNetPlans.json could not be written .*No space left.*the former file is intact", "num_epochs=1"
     )
 
 
