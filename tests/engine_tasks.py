@@ -2,10 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2_misfm.data.engine import run
@@ -40,6 +39,42 @@ def die_of_thirteen(number: int) -> int:
     return number * number
 
 
+def die_below_five(number: int) -> int:
+    if number < 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def thirteen_exits(number: int) -> int:
+    if number == 13:
+        sys.exit(3)
+    return number
+
+
+def fail_to_start(pool_is_over: object) -> None:
+    raise RuntimeError("no start")
+
+
+class _OnlyInWorkers:
+    """Can be unpickled in the workers and not by who asked for it."""
+
+    def __init__(self, parent: int):
+        self.parent = parent
+
+    def __reduce__(self) -> tuple:
+        return _unpickle, (self.parent,)
+
+
+def _unpickle(parent: int) -> _OnlyInWorkers:
+    if os.getpid() == parent:
+        raise ValueError("not here")
+    return _OnlyInWorkers(parent)
+
+
+def result_that_unpickles_only_in_workers(number: int) -> _OnlyInWorkers:
+    return _OnlyInWorkers(os.getppid())
+
+
 def die_once(marker: Path) -> str:
     """Kills its process where the marker is absent."""
     if not marker.exists():
@@ -49,26 +84,17 @@ def die_once(marker: Path) -> str:
 
 
 def die_in_company(task: tuple[Path, int]) -> str:
-    """Four tasks kill their process the first time, and say whether another task was at work the second time."""
+    """The first task kills its process the first time; tasks tried twice say whether another process lived then."""
     folder, number = task
-    if number >= 4:
-        with _at_work(folder):
-            time.sleep(0.05)
-        return "unharmed"
-    if not (folder / f"tried_{number}").exists():
-        (folder / f"tried_{number}").touch()
+    tried = folder / f"tried_{number}"
+    if tried.exists():
+        siblings = subprocess.run(["pgrep", "-c", "-P", str(os.getppid()), "-f", "spawn_main"], capture_output=True)
+        return "alone" if int(siblings.stdout) == 1 else "in company"
+    tried.touch()
+    time.sleep(0.2)
+    if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    with _at_work(folder):
-        time.sleep(0.05)
-        return "alone" if len(list(folder.glob("at_work_*"))) == 1 else "in company"
-
-
-@contextmanager
-def _at_work(folder: Path) -> Iterator[None]:
-    file = folder / f"at_work_{os.getpid()}"
-    file.touch()
-    yield
-    file.unlink()
+    return "unharmed"
 
 
 def process_id(number: int) -> int:

@@ -48,6 +48,7 @@ from nnunetv2_misfm.data.dicom_geometry import (
     split_stacks,
     split_time_points,
 )
+from nnunetv2_misfm.data.files import require_utf8
 from nnunetv2_misfm.data.volume import Header, Refused, Volume, orientation_of
 
 # Odd values are what hospitals hold: pydicom shall neither warn of every one nor refuse it. This switches off its
@@ -226,7 +227,7 @@ def _read_header(file: Path) -> FileDataset:
             header = _parse(stream, FRAME_TAGS)
             missing = _missing_bytes(stream, header)
     except OSError as error:
-        raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from None
+        raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from error
     except Exception as error:  # a header of random bytes makes pydicom raise nearly anything
         raise Refused(f"unreadable DICOM header of {file.name}: {type(error).__name__}") from None
     if missing > 0:
@@ -299,7 +300,7 @@ def _decode(volume: Sequence[Frame]) -> Iterator[np.ndarray]:
             file.stat()
             yield from _decode_file(file, list(group))
         except OSError as error:
-            raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from None
+            raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from error
         except MemoryError:  # not the file's fault
             raise
         except Exception as error:  # decoders raise whatever they meet in broken data
@@ -311,8 +312,9 @@ def _decode_file(file: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
     multi_frame = frames[0].index is not None
     if not _pydicom_decodes(frames[0]) or not (multi_frame or frames[0].transfer_syntax == RLELossless):
         try:
+            require_utf8(file)
             image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")
-        except (RuntimeError, ValueError):  # ValueError: a file name that is no UTF-8
+        except (RuntimeError, UnicodeError):
             if not _pydicom_decodes(frames[0]):
                 raise
         else:

@@ -1,16 +1,17 @@
-"""Runs one function on many tasks, in processes of this machine or on a Dask cluster, and loses none of them.
+"""Runs one function on many tasks, in a process pool of this machine or on a Dask cluster, and loses none of them.
 
-Every task comes back with a result or with an exception, also where the process that worked on it was killed: such a
-task is tried again at the end, alone, so that neither a neighbour nor the memory that neighbours took is held against
-it. Only a task whose process dies this second time is given up.
+Every task comes back with a result or with an exception, also where a process was killed. A pool then knows only which
+tasks were under way: all of them are tried again at the end, each alone, so that neither a neighbour nor the memory
+that neighbours took is held against it. Only a task whose process dies this second time is given up.
 """
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_misfm import __version__
-from nnunetv2_misfm.data.processes import NoWorkers, Processes, WorkerDied
+from nnunetv2_misfm.data.processes import NoWorkers, Processes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,6 +33,10 @@ SECONDS_PER_LOG_LINE = 30.0  # ours: a progress bar that is no terminal's leaves
 
 _Pool = tuple[Executor, Callable[[], int]]  # and how many tasks may be under way in it, at least 1
 _GONE = "the Dask scheduler went away: start the cluster and run the same command again."
+
+
+class WorkerDied(Exception):
+    """Stands for the result of a task whose process died."""
 
 
 def run(
@@ -66,16 +71,17 @@ def run(
     pool = _cluster(scheduler) if scheduler else _processes(workers or _num_processors())
     interval_s = 0.1 if sys.stderr.isatty() else SECONDS_PER_LOG_LINE
     style = {"unit": " items", "mininterval": interval_s, "dynamic_ncols": True}
-    one_thread = partial(_on_one_thread, function)
     suspects: list[T] = []
     with pool as (executor, capacity), tqdm(total=len(tasks), desc=description, **style) as bar:
-        for task, outcome in _outcomes(executor, one_thread, tasks, capacity):
+        for task, outcome in _outcomes(executor, function, tasks, capacity):
             if isinstance(outcome, WorkerDied):
                 suspects.append(task)
                 continue
             bar.update()
             yield task, outcome
-        for task, outcome in _outcomes(executor, one_thread, suspects, lambda: min(1, capacity())):
+        if isinstance(executor, Processes):
+            executor.keep_to_one()
+        for task, outcome in _outcomes(executor, function, suspects, lambda: min(1, capacity())):
             bar.update()
             yield task, outcome
 
@@ -84,37 +90,47 @@ def _outcomes(
     executor: Executor, function: Callable[[T], R], tasks: Sequence[T], capacity: Callable[[], int]
 ) -> Iterator[tuple[T, R | Exception]]:
     waiting = iter(tasks)
-    under_way: dict[Future, T] = {}
+    under_way: dict[Future[bytes], T] = {}
     while True:
         for task in islice(waiting, max(0, capacity() - len(under_way))):
-            under_way[executor.submit(function, task)] = task
+            under_way[executor.submit(_answer, pickle.dumps((function, task)))] = task
         if not under_way:
             return
         for future in wait(under_way, CHECK_CLUSTER_EVERY_S, FIRST_COMPLETED).done:
             yield under_way.pop(future), _outcome(future)
 
 
-def _outcome(future: Future) -> Any:
+def _outcome(future: Future[bytes]) -> Any:
     try:
-        return future.result()
-    except NoWorkers:
-        raise
+        return pickle.loads(future.result())
     except CancelledError as error:
         raise NoWorkers(_GONE) from error
     except Exception as error:
-        if type(error).__name__ == "KilledWorker":  # distributed's, by name because the package is optional
-            return WorkerDied("the Dask workers that took it died (out of memory, or a crash in a library)")
+        # KilledWorker is distributed's, by name because the package is optional
+        if isinstance(error, BrokenProcessPool) or type(error).__name__ == "KilledWorker":
+            return WorkerDied("the process that worked on it died, probably out of memory or by a crash in a library")
         return error
+
+
+def _answer(message: bytes) -> bytes:
+    """Works on a task in a worker; as bytes, nothing that cannot be pickled or unpickled gets into a pool's own hands."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the processes share the processors already
+    sitk.ProcessObject.GlobalWarningDisplayOff()
+    try:
+        function, task = pickle.loads(message)
+        return pickle.dumps(function(task))
+    except BaseException as error:  # of a library that calls sys.exit, too
+        try:
+            answer = pickle.dumps(error)
+            if isinstance(pickle.loads(answer), Exception):
+                return answer
+        except Exception:  # an exception class that asks for more arguments than it hands on
+            pass
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _on_one_thread(function: Callable[[T], R], task: T) -> R:
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the processes share the processors already
-    sitk.ProcessObject.GlobalWarningDisplayOff()
-    return function(task)
 
 
 # One machine
@@ -122,11 +138,8 @@ def _on_one_thread(function: Callable[[T], R], task: T) -> R:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[_Pool]:
-    executor = Processes(workers)
-    try:
+    with Processes(workers) as executor:
         yield executor, lambda: workers * TASKS_UNDER_WAY_PER_WORKER
-    finally:
-        executor.end()
 
 
 # A cluster

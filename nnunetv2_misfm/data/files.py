@@ -65,6 +65,11 @@ def companions(path: Path) -> list[Path]:
     return [file for name in names if (file := path.with_name(name)).is_file()]
 
 
+def require_utf8(path: Path) -> None:
+    """Raises UnicodeError for a path that is no UTF-8: given one, SimpleITK aborts the whole process."""
+    str(path).encode()
+
+
 def read_file(path: Path, *, split_time_series: bool = False) -> Iterator[Volume]:
     """Reads the volumes of one file, one of `ENDINGS`.
 
@@ -191,8 +196,10 @@ def _notes(image: Any) -> tuple[str, ...]:
 
 
 def _read_itk(path: Path, split_time_series: bool) -> Iterator[Volume]:
-    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # it would abort the whole process
-        raise Refused("a path that is no UTF-8, which ITK cannot open: rename it")
+    try:
+        require_utf8(path)
+    except UnicodeError as error:
+        raise Refused("a path that is no UTF-8, which ITK cannot open: rename it") from error
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(ITK_ENDINGS[ending_of(path)])

@@ -19,7 +19,7 @@ from nnunetv2_misfm.data.import_scan import import_source
 from nnunetv2_misfm.data.modality import MODALITIES, probe_modality
 from nnunetv2_misfm.data.outcome import Outcome, Settings
 from nnunetv2_misfm.data.records import CannotWrite, State
-from nnunetv2_misfm.data.report import REPORT, TAKEN, settle_duplicates, summary, write_report
+from nnunetv2_misfm.data.report import REPORT, TAKEN, by_path_and_part, settle_duplicates, summary, write_report
 from nnunetv2_misfm.data.sources import Source, folders_below, scan_folder, sources_in
 from nnunetv2_misfm.data.target import (
     Target,
@@ -137,7 +137,7 @@ def _settled(target: Target, failed: dict[Source, str]) -> list[Outcome]:
     paths = {outcome.path for outcome in crashed}
     outcomes = [outcome for outcome in recorded if outcome.path not in paths] + crashed
     if target.settings.keep_duplicates:
-        return sorted(outcomes, key=lambda outcome: (outcome.path, len(outcome.part), outcome.part))
+        return sorted(outcomes, key=by_path_and_part)
     return settle_duplicates(outcomes)
 
 

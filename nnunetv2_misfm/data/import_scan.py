@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from nnunetv2_misfm.data.body import body_mask
 from nnunetv2_misfm.data.dicom import read_series
-from nnunetv2_misfm.data.files import itk_affine, read_file
+from nnunetv2_misfm.data.files import itk_affine, read_file, require_utf8
 from nnunetv2_misfm.data.judge import check_geometry, check_intensities, stored_form, survey
 from nnunetv2_misfm.data.modality import lacks_offset
 from nnunetv2_misfm.data.outcome import Outcome, Settings
@@ -55,7 +55,7 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
     if not again and state.imported.get(source.key, made_from) is not None:
         return
     basic = Outcome(source.path, "rejected", files=len(files), sha256=_sha256(files))
-    outcomes = []
+    outcomes, passing = [], False
     for read in _read(source, files, settings):
         try:
             if isinstance(read, Refused):
@@ -63,7 +63,8 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
             outcomes.append(_take(read, basic, dataset, state, settings))
         except Refused as refused:
             outcomes.append(_refusal(basic, refused))
-    state.imported.put(source.key, made_from, [asdict(outcome) for outcome in outcomes])
+            passing = passing or _may_pass(refused)
+    state.imported.put(source.key, "" if passing else made_from, [asdict(outcome) for outcome in outcomes])
 
 
 def _read(source: Source, files: list[Path], settings: Settings) -> Iterator[Volume | Refused]:
@@ -125,6 +126,12 @@ def _take(volume: Volume, basic: Outcome, dataset: Path, state: State, settings:
     )
 
 
+def _may_pass(refused: Refused) -> bool:
+    """Tells whether the system and not the file was to blame (permission, network): then the next run tries again."""
+    cause = refused.__cause__
+    return isinstance(cause, OSError) and cause.errno is not None
+
+
 def _refusal(basic: Outcome, refused: Refused) -> Outcome:
     return _described(
         basic, refused.header, refused.part, reason=refused.reason, modality=refused.header.modality or ""
@@ -148,10 +155,11 @@ def _needs_no_copy(path: Path, volume: Volume) -> bool:
     if not path.name.endswith(_LINKABLE_ENDINGS) or not is_canonical(volume.affine):
         return False
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
+        require_utf8(path)
+        reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    except RuntimeError:  # NIfTI-2, say
+    except (RuntimeError, UnicodeError):  # NIfTI-2, say
         return False
     same_grid = reader.GetSize() == volume.voxels.shape
     return same_grid and bool(np.allclose(itk_affine(reader), volume.affine, rtol=0, atol=SAME_PLACE_MM))

@@ -18,6 +18,9 @@ _INTEGER_TYPES = (np.int16, np.uint16, np.int32)
 # axis that are not both background, 1 % to 30 % are equal in scans, 61 % to 97 % in label maps
 _EQUAL_NEIGHBOURS = 0.5
 _FEW_VALUES = 16  # with so few different intensities it is a label map (or worthless), however flat
+_MANY_VALUES = (
+    1000  # with so many it is an image, were it enlarged voxel by voxel; atlases name some hundred structures
+)
 _SAMPLE = 1 << 19  # voxels looked at, in whole rows
 
 
@@ -123,6 +126,8 @@ def _is_label_map(voxels: np.ndarray) -> bool:
     values, counts = np.unique(rows[np.abs(rows) <= _UNUSABLE], return_counts=True)
     if len(values) <= _FEW_VALUES:
         return _count_values(voxels, _FEW_VALUES + 1) <= _FEW_VALUES
+    if len(values) >= _MANY_VALUES:
+        return False
     # the background, and the two ends to which windowed images are clipped
     plateaus = (values[counts.argmax()], values[0], values[-1])
     left, right = rows[:-1], rows[1:]

@@ -1,156 +1,96 @@
-"""Processes of this machine, each with a pipe of its own, so that it is known which task killed its process.
-
-A ProcessPoolExecutor will not do: one death fails all tasks that are under way in it, it loses its processes over an
-exception that cannot be unpickled, and before Python 3.14 nothing ends a process before its task is done.
-"""
+"""The process pool of one machine: Python's own, and a new one wherever a death broke it."""
 
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from multiprocessing import connection, get_context, parent_process
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context
 from typing import Any
 
 from nnunetv2_misfm.errors import MisfmError
 
-
-class WorkerDied(Exception):
-    """Stands for the result of a task whose process died."""
+START_ATTEMPTS = 3  # ours: a process may be killed from outside while it starts, hardly three in a row
 
 
 class NoWorkers(MisfmError):
     """Not the outcome of a task: the run cannot go on."""
 
 
-class Processes(ThreadPoolExecutor):
-    """An executor with as many processes as threads: a thread hands its task to an idle process and waits for it.
+class Processes(Executor):
+    """A ProcessPoolExecutor that a death does not end.
 
-    The future of a task whose process died raises `WorkerDied`; it is not tried again.
-
-    Attributes:
-        ended: no process may live any longer.
+    A death fails all tasks that are under way (`BrokenProcessPool`); the next task starts a new pool.
     """
 
     def __init__(self, workers: int):
-        """Args: workers: processes at most; each is started when a task has no idle one to go to."""
-        super().__init__(workers)
-        self.idle: list[_Process] = []
-        self.alive: set[_Process] = set()
-        self.ended = False
+        """Args: workers: processes at most."""
+        self.workers = workers
+        self.pool: ProcessPoolExecutor | None = None
 
     def submit(self, function: Callable, /, *arguments: Any, **keywords: Any) -> Future:
-        """Returns the future of a call whose function, arguments and outcome can be pickled."""
-        return super().submit(self._call, partial(function, *arguments, **keywords))
+        """Returns the future of a call, whose parts and result must be sure to unpickle: what does not breaks the pool.
 
-    def _call(self, task: Callable[[], Any]) -> Any:
-        message = pickle.dumps(task)
-        try:
-            process = self.idle.pop()
-        except IndexError:
-            process = self._start()
-        try:
-            answer = process.ask(message)
-        except (EOFError, OSError) as error:
-            self.alive.discard(process)
-            raise WorkerDied(f"the process that worked on it died ({process.cause_of_death()})") from error
-        self.idle.append(process)
-        return pickle.loads(answer)
-
-    def _start(self) -> "_Process":
-        for _ in range(2):  # the first may have been killed from outside
+        Raises:
+            NoWorkers: No process can be started.
+        """
+        while True:
+            pool = self.pool or self._start()
             try:
-                process = _Process()
-            except (OSError, RuntimeError) as error:  # no memory; multiprocessing's word on a script without a guard
-                cause = str(error).strip().splitlines()[0]
-                break
-            self.alive.add(process)
-            if self.ended:
-                process.kill()
-            try:
-                process.answer()
-                return process
-            except (EOFError, OSError):
-                self.alive.discard(process)
-                cause = process.cause_of_death()
-        raise NoWorkers(
-            f"no process could be started ({cause}): free memory or use fewer workers; "
-            'a script that starts processes must do so below if __name__ == "__main__".'
-        )
+                return pool.submit(function, *arguments, **keywords)
+            except BrokenProcessPool:
+                self.shutdown()
+            except (OSError, RuntimeError) as error:  # one more process was to be started
+                raise _no_workers(str(error)) from error
 
-    def end(self) -> None:
-        """Ends all processes at once, whatever they do."""
-        self.ended = True
-        self.shutdown(wait=False, cancel_futures=True)
-        for process in list(self.alive):
-            process.kill()
-        self.shutdown()
-
-
-class _Process:
-    def __init__(self) -> None:
+    def _start(self) -> ProcessPoolExecutor:
         context = get_context("spawn")  # a forked child would inherit locks that SimpleITK's and PyTorch's threads hold
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(far_end,), daemon=True)
-        self.process.start()
-        far_end.close()
+        for _ in range(START_ATTEMPTS):
+            try:
+                pool_is_over, self.lifeline = context.Pipe(duplex=False)
+                self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (pool_is_over,))
+                self.pool.submit(int).result()  # one process starts and answers, so a death from here on is a task's
+                return self.pool
+            except BrokenProcessPool:
+                self.shutdown()
+            except (OSError, RuntimeError) as error:  # no memory; multiprocessing's word on a script without a guard
+                raise _no_workers(str(error)) from error
+        raise _no_workers(f"{START_ATTEMPTS} in a row died as they started")
 
-    def ask(self, message: bytes) -> bytes:
-        self.pipe.send_bytes(message)
-        return self.answer()
+    def keep_to_one(self) -> None:
+        """Ends all processes; from the next task on there is only one."""
+        self.shutdown()
+        self.workers = 1
 
-    def answer(self) -> bytes:
-        connection.wait([self.pipe, self.process.sentinel])
-        if not self.pipe.poll():
-            raise EOFError
-        return self.pipe.recv_bytes()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def cause_of_death(self) -> str:
-        self.process.join()
-        code = self.process.exitcode or 0
-        if code == -signal.SIGKILL:
-            return "killed, probably because memory ran out"
-        return f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+        """Ends all processes at once, whatever they do."""
+        if self.pool is not None:
+            self.lifeline.close()
+            self.pool.shutdown(wait, cancel_futures=cancel_futures)
+            self.pool = None
 
 
-def _work(pipe: connection.Connection) -> None:
-    """Answers tasks until the parent hangs up."""
+def _no_workers(cause: str) -> NoWorkers:
+    return NoWorkers(
+        f"no process could be started ({' '.join(cause.split())[:200]}): free memory or use fewer workers; "
+        'a script that starts processes must do so below if __name__ == "__main__".'
+    )
+
+
+def _start_worker(pool_is_over: connection.Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_pool, args=(pool_is_over,), daemon=True).start()
     # ITK's MetaIO writes complaints to the descriptors themselves, past Python, and would tear the progress bar
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    pipe.send_bytes(b"ready")
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        pipe.send_bytes(_answer(message))
 
 
-def _answer(message: bytes) -> bytes:
-    try:
-        return pickle.dumps(pickle.loads(message)())
-    except Exception as error:
-        try:
-            answer = pickle.dumps(error)
-            pickle.loads(answer)
-            return answer
-        except Exception:  # an exception class that asks for more arguments than it hands on
-            return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+def _end_with_pool(pool_is_over: connection.Connection) -> None:
+    """Nothing is ever sent: the pipe can be read once the parent closed its end or was killed.
 
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its children: they see its end of a pipe close."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
+    Before Python 3.14 a pool has no other way to end a process before its task is done.
+    """
+    connection.wait([pool_is_over])
     os._exit(1)

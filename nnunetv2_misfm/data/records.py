@@ -19,7 +19,7 @@ from nnunetv2_misfm.errors import MisfmError
 def fingerprint(files: Iterable[Path], *settings: str) -> str:
     """Returns 64 hexadecimal digits that change when a file is changed, added or taken away, or a setting differs.
 
-    Contents are not read: a file is the same while its name, size and time of change are.
+    Contents are not read: a file is the same while its name, size, time of change and permissions are.
 
     Raises:
         OSError: A file is gone.
@@ -27,7 +27,8 @@ def fingerprint(files: Iterable[Path], *settings: str) -> str:
     digest = hashlib.sha256("\0".join(settings).encode())
     for file in sorted(files):
         status = file.stat()
-        digest.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+        facts = f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_mode}"
+        digest.update(facts.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -72,7 +72,7 @@ def folders_below(inputs: Iterable[Path]) -> Iterator[str]:
     for top in inputs:
         if not top.is_dir():
             raise MisfmError(f"expected folders after --input, got {top}, which is not one.")
-        walk = os.walk(top.absolute(), followlinks=True, onerror=lambda error: unreadable.append(error.filename))
+        walk = os.walk(os.path.abspath(top), followlinks=True, onerror=lambda error: unreadable.append(error.filename))
         for folder, below, _ in walk:
             below.sort()
             real = os.path.realpath(folder)

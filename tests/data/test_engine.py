@@ -1,5 +1,6 @@
 """The engine with real processes and a real Dask cluster of this machine."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,17 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import active_children
+from multiprocessing import active_children, set_executable
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import engine_tasks
 import pytest
 
-from nnunetv2_misfm.data import engine
+from nnunetv2_misfm.data import engine, processes
 from nnunetv2_misfm.data.engine import TASKS_UNDER_WAY_PER_WORKER, WorkerDied, run
 from nnunetv2_misfm.errors import MisfmError
 
 SQUARES = {number: number * number for number in range(40) if number != 13}
+DIED = "the process that worked on it died, probably out of memory or by a crash in a library"
 
 
 class CountingTasks(Sequence):
@@ -91,12 +95,28 @@ def test_a_result_that_cannot_be_pickled_is_that_tasks_exception():
     assert isinstance(outcomes.pop(13), Exception) and outcomes == {12: 12, 14: 14}
 
 
+def test_what_cannot_be_unpickled_costs_no_process(monkeypatch: pytest.MonkeyPatch):
+    absent = type(sys)("absent_module")
+    exec("def function(task):\n    pass", absent.__dict__)
+    absent.function.__module__ = "absent_module"
+    monkeypatch.setitem(sys.modules, "absent_module", absent)  # here, but not in the workers
+    error = collect(absent.function, [1], workers=1)[1]
+    assert isinstance(error, ModuleNotFoundError) and "absent_module" in str(error)
+    error = collect(engine_tasks.result_that_unpickles_only_in_workers, [1], workers=1)[1]
+    assert isinstance(error, ValueError) and str(error) == "not here"
+
+
+def test_a_task_that_would_end_the_interpreter_only_fails():
+    outcomes = collect(engine_tasks.thirteen_exits, [12, 13, 14], workers=1)
+    assert str(outcomes.pop(13)) == "SystemExit: 3" and outcomes == {12: 12, 14: 14}
+
+
 def test_a_task_that_kills_its_process_is_blamed_and_no_other():
     outcomes = collect(engine_tasks.die_of_thirteen, range(40), workers=2)
     error = outcomes.pop(13)
     assert outcomes == SQUARES
     assert isinstance(error, WorkerDied)
-    assert str(error) == "the process that worked on it died (signal 11: Segmentation fault)"
+    assert str(error) == DIED
 
 
 def test_a_task_whose_process_was_killed_once_succeeds(tmp_path: Path):
@@ -104,14 +124,18 @@ def test_a_task_whose_process_was_killed_once_succeeds(tmp_path: Path):
     assert collect(engine_tasks.die_once, markers, workers=2) == {marker: marker.name for marker in markers}
 
 
-def test_a_suspect_runs_after_all_others_and_alone(tmp_path: Path):
+def test_many_tasks_that_kill_their_process_are_all_blamed_however_early_they_come():
+    outcomes = collect(engine_tasks.die_below_five, range(10), workers=2)
+    assert {task for task, outcome in outcomes.items() if isinstance(outcome, WorkerDied)} == set(range(5))
+    assert all(outcomes[task] == task for task in range(5, 10))
+
+
+def test_a_suspect_runs_after_all_others_alone_in_the_only_process(tmp_path: Path):
     tasks = [(tmp_path, number) for number in range(12)]
-    outcomes = list(run(engine_tasks.die_in_company, tasks, workers=2, description="test"))
+    outcomes = list(run(engine_tasks.die_in_company, tasks, workers=3, description="test"))
     assert sorted(number for (_, number), _ in outcomes) == list(range(12))
-    assert {result for _, result in outcomes} == {"alone", "unharmed"}
-    assert [number for (_, number), result in outcomes if result == "alone"] == [
-        number for (_, number), _ in outcomes[-4:]
-    ]
+    results = [result for _, result in outcomes]
+    assert "alone" in results and results == sorted(results, reverse=True)  # "in company" stands between the two
 
 
 def test_an_idle_process_that_is_killed_costs_no_task():
@@ -184,6 +208,40 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path):
     assert 'if __name__ == "__main__"' in finished.stderr.splitlines()[-1]
 
 
+@pytest.fixture
+def broken_interpreter() -> Iterator[None]:
+    """Processes that are started die before they run a line of ours."""
+    set_executable("/bin/false")
+    yield
+    set_executable(sys.executable)
+
+
+def test_processes_that_die_as_they_start_end_the_run(broken_interpreter: None):
+    with pytest.raises(MisfmError, match=r"^no process could be started \(3 in a row died as they started\): free"):
+        collect(engine_tasks.square, range(9), workers=2)
+
+
+def test_processes_that_fail_to_get_ready_end_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "_start_worker", engine_tasks.fail_to_start)
+    with pytest.raises(MisfmError, match=r"^no process could be started \(3 in a row died as they started\): free"):
+        collect(engine_tasks.square, range(9), workers=2)
+
+
+def test_a_process_that_the_system_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    def start(process: SpawnProcess) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(process)
+        BaseProcess.start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    with pytest.raises(MisfmError, match=r"^no process could be started \(.*temporarily unavailable\): free memory"):
+        collect(engine_tasks.process_id, range(9), workers=2)
+    assert len(started) == 1 and not active_children()
+
+
 # A cluster
 
 
@@ -224,7 +282,7 @@ def test_a_task_that_kills_the_workers_of_a_cluster_is_blamed_and_no_other(clust
     error = outcomes.pop(13)
     assert outcomes == SQUARES
     assert isinstance(error, WorkerDied)
-    assert str(error) == "the Dask workers that took it died (out of memory, or a crash in a library)"
+    assert str(error) == DIED
 
 
 def test_an_address_without_a_scheduler_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -305,8 +305,12 @@ def test_a_scan_found_both_as_dicom_and_as_nifti_is_a_duplicate(raw, tmp_path):
     assert sorted(verdicts(raw / "Dataset900_Pool").values()) == ["accepted", "duplicate"]
 
 
-def test_a_name_that_is_no_unicode_is_imported_and_reported(raw, tmp_path):
-    name = os.fsdecode(b"caf\xe9.nii.gz")
-    write(tmp_path / "pool" / name, ct(0))
-    import_scans([tmp_path / "pool"], 900, "Pool", CT, ONE)
-    assert verdicts(raw / "Dataset900_Pool") == {name: "accepted"}
+@pytest.mark.parametrize("link", [False, True])
+def test_paths_that_are_no_unicode_are_imported_and_reported(raw, tmp_path, link):
+    name = os.fsdecode(b"caf\xe9")
+    write(tmp_path / f"pool/{name}.nii.gz", ct(0))
+    write_series(tmp_path / "pool" / name, ct(1))
+    import_scans([tmp_path / "pool"], 900, "Pool", Settings("CT", link=link), ONE)
+    rows = report(raw / "Dataset900_Pool")
+    assert [row["verdict"] for row in rows] == ["accepted"] * 2, rows
+    assert rows[0]["path"].startswith(str(tmp_path / "pool" / name))

@@ -237,6 +237,20 @@ def test_a_recorded_source_is_not_read_again_until_it_changes(tmp_path, monkeypa
     assert second.case != first.case
 
 
+def test_a_fault_of_the_system_is_reported_and_tried_again(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.nii", ct(0))
+
+    def broken(*arguments, **keywords):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nibabel, "load", broken)
+        [outcome] = import_one(tmp_path, file)
+    assert (outcome.verdict, outcome.reason) == ("rejected", "cannot be read: Input/output error")
+    [outcome] = import_one(tmp_path, file)
+    assert outcome.verdict == "accepted"
+
+
 def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(self, name):
         Path(name).write_bytes(b"half")
