@@ -111,7 +111,7 @@ def read_series(files: Sequence[Path], *, split_time_series: bool = False) -> It
                 unusable.setdefault(refused.reason, refused)
         stacks = split_stacks(frames)
     except Refused as refused:
-        yield Refused(refused.reason, refused.header)
+        yield refused
         return
     notes = (f"{copies} {'copy of a slice' if copies == 1 else 'copies of slices'} left out",) if copies else ()
     parts = len(stacks) + len(unusable)
@@ -119,7 +119,7 @@ def read_series(files: Sequence[Path], *, split_time_series: bool = False) -> It
         part = f"stack {number} of {parts}" if parts > 1 else ""
         yield from _read_stack(stack, part, notes, split_time_series)
     for number, other in enumerate(unusable.values(), len(stacks) + 1):
-        yield Refused(other.reason, other.header, f"stack {number} of {parts}" if parts > 1 else "")
+        yield other.of(other.header, f"stack {number} of {parts}" if parts > 1 else "")
 
 
 def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bool) -> Iterator[Volume | Refused]:
@@ -136,7 +136,7 @@ def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bo
         if alone and alone > 1 and not split:
             raise Refused(f"time point {alone} of a time series: --split-time-series takes it as a volume")
     except Refused as refused:
-        yield Refused(refused.reason, _header_of(volumes[0]), part)
+        yield refused.of(_header_of(volumes[0]), part)
         return
     for number, volume in enumerate(volumes, 1):
         which = f"volume {number} of {len(volumes)}" if len(volumes) > 1 else ""
@@ -146,7 +146,7 @@ def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bo
             check_even(volume)
             voxels = _read_voxels(volume)
         except Refused as refused:
-            yield Refused(refused.reason, _header_of(volume), whole_part)
+            yield refused.of(_header_of(volume), whole_part)
             continue
         yield Volume(voxels, affine_of(volume), _header_of(volume), whole_part, notes)
         del voxels  # else it would stay in memory while the next one is read

@@ -59,6 +59,12 @@ class Refused(Exception):
         self.header = header or Header()
         self.part = part
 
+    def of(self, header: Header, part: str) -> "Refused":
+        """Returns the same with a header and a part."""
+        other = Refused(self.reason, header, part)
+        other.__cause__ = self.__cause__
+        return other
+
 
 @dataclass(frozen=True, eq=False)
 class Volume:
