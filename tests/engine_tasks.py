@@ -83,18 +83,20 @@ def die_once(marker: Path) -> str:
     return marker.name
 
 
-def die_in_company(task: tuple[Path, int]) -> str:
-    """The first task kills its process the first time; tasks tried twice say whether another process lived then."""
+def three_meet_and_one_dies(task: tuple[Path, int]) -> str:
+    """The first three tasks wait for each other, and the first kills its process; then they look who else lives."""
     folder, number = task
-    tried = folder / f"tried_{number}"
+    if number > 2:
+        return "unharmed"
+    tried = folder / str(number)
     if tried.exists():
-        siblings = subprocess.run(["pgrep", "-c", "-P", str(os.getppid()), "-f", "spawn_main"], capture_output=True)
-        return "alone" if int(siblings.stdout) == 1 else "in company"
+        command = ["pgrep", "-c", "-P", str(os.getppid()), "-f", "spawn_main"]
+        return "alone" if subprocess.run(command, capture_output=True).stdout.strip() == b"1" else "in company"
     tried.touch()
-    time.sleep(0.2)
-    if number == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "unharmed"
+    while number or len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "never"
 
 
 def process_id(number: int) -> int:

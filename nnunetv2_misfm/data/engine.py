@@ -1,8 +1,8 @@
 """Runs one function on many tasks, in a process pool of this machine or on a Dask cluster, and loses none of them.
 
 Every task comes back with a result or with an exception, also where a process was killed. A pool then knows only which
-tasks were under way: all of them are tried again at the end, each alone, so that neither a neighbour nor the memory
-that neighbours took is held against it. Only a task whose process dies this second time is given up.
+tasks were under way: these are tried again at the end, each alone, so that neither a neighbour nor the memory that
+neighbours took is held against it. Only a task whose process dies then is given up.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ from nnunetv2_misfm.data.processes import NoWorkers, Processes
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Ours: enough that no worker waits for the caller, little enough that memory does not grow with the number of tasks
-TASKS_UNDER_WAY_PER_WORKER = 3
+# Ours: enough that no worker waits for the network, little enough that memory does not grow with the number of tasks
+TASKS_UNDER_WAY_PER_DASK_THREAD = 3
 SCHEDULER_TIMEOUT_S = 10  # ours: an address that does not answer by then is wrong or its cluster is down
 CHECK_CLUSTER_EVERY_S = 10.0  # ours: without workers nothing ends that would wake the caller
 WORKERS_TIMEOUT_S = 60  # ours: a nanny brings a dead worker back within seconds, a busy machine takes longer
@@ -60,8 +60,7 @@ def run(
         description: what stands before the progress bar, on standard error.
 
     Yields:
-        (task, result); `WorkerDied` as the result where the process died twice, the second time with nothing else
-        under way.
+        (task, result); `WorkerDied` as the result where its process died with nothing else under way.
 
     Raises:
         MisfmError: Dask is not installed, its scheduler does not answer, or there are no workers.
@@ -80,7 +79,7 @@ def run(
             bar.update()
             yield task, outcome
         if isinstance(executor, Processes):
-            executor.keep_to_one()
+            executor.limit_to(1)
         for task, outcome in _outcomes(executor, function, suspects, lambda: min(1, capacity())):
             bar.update()
             yield task, outcome
@@ -113,19 +112,17 @@ def _outcome(future: Future[bytes]) -> Any:
 
 
 def _answer(message: bytes) -> bytes:
-    """Works on a task in a worker; as bytes, nothing that cannot be pickled or unpickled gets into a pool's own hands."""
+    """Works on a task in a worker; a pool that is handed only bytes meets nothing that it cannot unpickle."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the processes share the processors already
     sitk.ProcessObject.GlobalWarningDisplayOff()
     try:
         function, task = pickle.loads(message)
         return pickle.dumps(function(task))
     except BaseException as error:  # of a library that calls sys.exit, too
-        try:
+        with suppress(Exception):  # of an exception class that asks for more arguments than it hands on
             answer = pickle.dumps(error)
             if isinstance(pickle.loads(answer), Exception):
                 return answer
-        except Exception:  # an exception class that asks for more arguments than it hands on
-            pass
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
@@ -133,16 +130,10 @@ def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# One machine
-
-
 @contextmanager
 def _processes(workers: int) -> Iterator[_Pool]:
     with Processes(workers) as executor:
-        yield executor, lambda: workers * TASKS_UNDER_WAY_PER_WORKER
-
-
-# A cluster
+        yield executor, lambda: workers  # no more, because a death makes suspects of all that are under way
 
 
 @contextmanager
@@ -159,7 +150,7 @@ def _cluster(scheduler: str) -> Iterator[_Pool]:
         try:
             if not client.nthreads():
                 client.wait_for_workers(1, WORKERS_TIMEOUT_S)
-            return max(1, TASKS_UNDER_WAY_PER_WORKER * sum(client.nthreads().values()))
+            return max(1, TASKS_UNDER_WAY_PER_DASK_THREAD * sum(client.nthreads().values()))
         except distributed.TimeoutError as error:
             raise NoWorkers(
                 f"the Dask scheduler at {scheduler} has no workers, and none came within {WORKERS_TIMEOUT_S} s: "

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+from isal import igzip
+from isal.isal_zlib import IsalError
 
 from nnunetv2_misfm.data.volume import Header, Refused, Volume, orientation_of
 
@@ -32,7 +34,9 @@ COMPANIONS = {
 
 # Intents of the NIfTI-1 standard (nifti1.h) whose last axis is the components of one voxel, not time
 _VECTOR_INTENTS = {1004, 1005, 1006, 1007, 1011, 2003, 2004}
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+# isal declares its error as an instance
+_DAMAGED: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, IsalError)  # type: ignore[assignment]
+_AT_THE_VOXELS: tuple[type[Exception], ...] = (*_DAMAGED, OSError, ValueError, RuntimeError)
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CHUNK = 1 << 20  # bytes read at a time where only the checksum is wanted
 _GZIP_AT_MOST = 1032  # bytes that deflate makes of one at most (zlib.net/zlib_tech.html)
@@ -121,7 +125,7 @@ def _read_nibabel(path: Path, split_time_series: bool) -> Iterator[Volume]:
     try:
         _check_size(image)
         stored, slope, intercept = _stored(image, path)
-    except (*_DAMAGED, OSError, ValueError) as error:
+    except _AT_THE_VOXELS as error:
         raise Refused(_damaged(error), _nibabel_header(image)) from error
     if (slope, intercept) != (1.0, 0.0):
         stored = stored.astype(np.float32)
@@ -144,7 +148,7 @@ def _stored(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
     """Returns the stored voxels, slope and intercept; reads a compressed stream to the checksum at its end."""
     if path.suffix.lower() not in (".gz", ".mgz"):
         return image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
-    with gzip.open(path) as stream:
+    with igzip.open(path) as stream:
         streamed = type(image).from_stream(stream).dataobj
         voxels = streamed.get_unscaled()
         while stream.read(_CHUNK):
@@ -217,7 +221,7 @@ def _read_itk(path: Path, split_time_series: bool) -> Iterator[Volume]:
     try:
         _check_stream(path)
         voxels = sitk.GetArrayFromImage(reader.Execute()).T  # a view would outlive its image
-    except (*_DAMAGED, OSError, RuntimeError) as error:
+    except _AT_THE_VOXELS as error:
         raise Refused(_damaged(error), header) from error
     yield from _volumes(voxels.reshape(shape, order="F"), itk_affine(reader), header)
 

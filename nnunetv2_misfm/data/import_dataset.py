@@ -121,7 +121,7 @@ def _import_into(target: Target, sources: list[Source], workers: Workers) -> str
         raise MisfmError(f"no scan was accepted.\n{said}")
     describe(target, outcomes)
     sweep(target.folder, taken)
-    shutil.rmtree(target.state.unfinished, ignore_errors=True)  # left by workers that died
+    shutil.rmtree(target.state.unfinished, ignore_errors=True)  # that of a second dataset of the pool
     command = f"nnUNetv2_plan_and_preprocess -d {target.folder.name[7:10]} -c 3d_fullres"
     return f"{said}\nNext: {command}"
 

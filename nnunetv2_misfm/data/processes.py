@@ -19,10 +19,7 @@ class NoWorkers(MisfmError):
 
 
 class Processes(Executor):
-    """A ProcessPoolExecutor that a death does not end.
-
-    A death fails all tasks that are under way (`BrokenProcessPool`); the next task starts a new pool.
-    """
+    """A ProcessPoolExecutor that outlives a death, which fails all tasks under way with `BrokenProcessPool`."""
 
     def __init__(self, workers: int):
         """Args: workers: processes at most."""
@@ -30,38 +27,38 @@ class Processes(Executor):
         self.pool: ProcessPoolExecutor | None = None
 
     def submit(self, function: Callable, /, *arguments: Any, **keywords: Any) -> Future:
-        """Returns the future of a call, whose parts and result must be sure to unpickle: what does not breaks the pool.
+        """Returns the future of a call, in a new pool where a death broke the last one.
 
         Raises:
             NoWorkers: No process can be started.
         """
-        while True:
-            pool = self.pool or self._start()
+        cause: Exception | None = None
+        for _ in range(1 + START_ATTEMPTS):
             try:
+                pool = self.pool or self._start()
                 return pool.submit(function, *arguments, **keywords)
-            except BrokenProcessPool:
+            except BrokenProcessPool as error:
                 self.shutdown()
-            except (OSError, RuntimeError) as error:  # one more process was to be started
-                raise _no_workers(str(error)) from error
+                cause = error
+            except (OSError, RuntimeError) as error:  # no memory; multiprocessing's word on a script without a guard
+                cause = error
+                break
+        raise NoWorkers(
+            f"no process could be started ({' '.join(str(cause).split())[:160]}): free memory or use fewer workers; "
+            'a script that starts processes must do so below if __name__ == "__main__".'
+        ) from cause
 
     def _start(self) -> ProcessPoolExecutor:
         context = get_context("spawn")  # a forked child would inherit locks that SimpleITK's and PyTorch's threads hold
-        for _ in range(START_ATTEMPTS):
-            try:
-                pool_is_over, self.lifeline = context.Pipe(duplex=False)
-                self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (pool_is_over,))
-                self.pool.submit(int).result()  # one process starts and answers, so a death from here on is a task's
-                return self.pool
-            except BrokenProcessPool:
-                self.shutdown()
-            except (OSError, RuntimeError) as error:  # no memory; multiprocessing's word on a script without a guard
-                raise _no_workers(str(error)) from error
-        raise _no_workers(f"{START_ATTEMPTS} in a row died as they started")
+        pool_is_over, self.lifeline = context.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (pool_is_over,))
+        self.pool.submit(int).result()  # processes can start: later deaths are held against tasks
+        return self.pool
 
-    def keep_to_one(self) -> None:
-        """Ends all processes; from the next task on there is only one."""
+    def limit_to(self, workers: int) -> None:
+        """Ends all processes; from the next task on there are no more than this."""
         self.shutdown()
-        self.workers = 1
+        self.workers = workers
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
         """Ends all processes at once, whatever they do."""
@@ -69,13 +66,6 @@ class Processes(Executor):
             self.lifeline.close()
             self.pool.shutdown(wait, cancel_futures=cancel_futures)
             self.pool = None
-
-
-def _no_workers(cause: str) -> NoWorkers:
-    return NoWorkers(
-        f"no process could be started ({' '.join(cause.split())[:200]}): free memory or use fewer workers; "
-        'a script that starts processes must do so below if __name__ == "__main__".'
-    )
 
 
 def _start_worker(pool_is_over: connection.Connection) -> None:
@@ -88,9 +78,6 @@ def _start_worker(pool_is_over: connection.Connection) -> None:
 
 
 def _end_with_pool(pool_is_over: connection.Connection) -> None:
-    """Nothing is ever sent: the pipe can be read once the parent closed its end or was killed.
-
-    Before Python 3.14 a pool has no other way to end a process before its task is done.
-    """
+    """Waits until the parent closes its end of the pipe or is killed: before Python 3.14 a pool cannot end a task."""
     connection.wait([pool_is_over])
     os._exit(1)

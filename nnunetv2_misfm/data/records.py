@@ -15,6 +15,8 @@ from uuid import uuid4
 
 from nnunetv2_misfm.errors import MisfmError
 
+UNFINISHED = "unfinished"  # may be deleted while nothing runs
+
 
 def fingerprint(files: Iterable[Path], *settings: str) -> str:
     """Returns 64 hexadecimal digits that change when a file is changed, added or taken away, or a setting differs.
@@ -50,8 +52,9 @@ class Records:
     """Records below one folder, in sub-folders by the first two digits of their key's hash."""
 
     def __init__(self, folder: Path):
-        """Args: folder: made when the first record is put."""
+        """Args: folder: made when the first record is put; what is being written lies in `unfinished` beside it."""
         self.folder = folder
+        self.unfinished = folder.with_name(UNFINISHED)
 
     def get(self, key: str, made_from: str) -> Any | None:
         """Returns the record of a key; None where there is none, or one made from other files or settings."""
@@ -70,8 +73,9 @@ class Records:
             CannotWrite: The disk is full, say.
         """
         file = self._file(key)
-        unfinished = file.with_suffix(f".{uuid4().hex}.tmp")
+        unfinished = self.unfinished / f"{uuid4().hex}.json"
         try:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_text(json.dumps({"key": key, "made_from": made_from, "record": record}, sort_keys=True))
             os.replace(unfinished, file)
@@ -126,4 +130,4 @@ class State:
     @property
     def unfinished(self) -> Path:
         """Files being written."""
-        return self.folder / "unfinished"
+        return self.folder / UNFINISHED

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_misfm.data.outcome import Outcome
+from nnunetv2_misfm.data.records import CannotWrite
 from nnunetv2_misfm.data.volume import SAME_PLACE_MM
 
 REPORT = "import_report.csv"
@@ -61,13 +62,20 @@ def settle_duplicates(outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def write_report(outcomes: Iterable[Outcome], folder: Path) -> None:
-    """Writes `import_report.csv` into a dataset's folder, replacing the former one when it is whole."""
+    """Writes `import_report.csv` into a dataset's folder, replacing the former one when it is whole.
+
+    Raises:
+        CannotWrite: The disk is full, say.
+    """
     unfinished = folder / f"{REPORT}.tmp"
-    with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
-        table.writerows([getattr(outcome, column) for column in COLUMNS] for outcome in outcomes)
-    os.replace(unfinished, folder / REPORT)
+    try:
+        with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(COLUMNS)
+            table.writerows([getattr(outcome, column) for column in COLUMNS] for outcome in outcomes)
+        os.replace(unfinished, folder / REPORT)
+    except OSError as error:
+        raise CannotWrite(folder / REPORT, error) from error
 
 
 def summary(outcomes: Iterable[Outcome]) -> str:

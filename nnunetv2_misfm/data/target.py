@@ -50,9 +50,12 @@ def raw_folder(dataset_id: int, name: str, inputs: Sequence[Path], split_by_moda
 def locked(folder: Path) -> Iterator[State]:
     """Holds the state of a dataset for this process alone; the system lets go of it when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
+    state = State(folder, folder)
     try:
         with FileLock(folder / "lock", timeout=0):
-            yield State(folder, folder)
+            shutil.rmtree(state.unfinished, ignore_errors=True)  # left by a run that was killed
+            yield state
+            shutil.rmtree(state.unfinished, ignore_errors=True)  # left by workers that died
     except Timeout as error:
         raise MisfmError(f"another import into the same dataset id is running ({folder / 'lock'} is held).") from error
 
@@ -119,7 +122,6 @@ def open_target(folder: Path, number: int, settings: Settings, pool: State) -> T
         state.folder.mkdir(parents=True, exist_ok=True)
         write_json(_made_with(folder, settings), state.folder / "settings.json")
         folder.mkdir(parents=True)
-    shutil.rmtree(state.unfinished, ignore_errors=True)
     return Target(folder, state, settings)
 
 

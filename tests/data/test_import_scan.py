@@ -252,13 +252,12 @@ def test_a_fault_of_the_system_is_reported_and_tried_again(tmp_path, monkeypatch
 
 
 def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(self, name):
-        Path(name).write_bytes(b"half")
+    def full(self, stream):
+        stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nibabel.Nifti1Image, "to_filename", full)
-    file = tmp_path / "a.nii"
-    file.write_bytes(nibabel.Nifti1Image(ct(0), LPS).to_bytes())
+    file = write(tmp_path / "a.nii", ct(0))
+    monkeypatch.setattr(nibabel.Nifti1Image, "to_stream", full)
     with pytest.raises(CannotWrite, match="No space left on device.*start the same command again"):
         import_one(tmp_path, file)
     assert [path for path in (tmp_path / "dataset").rglob("*") if path.is_file()] == []
