@@ -40,9 +40,8 @@ def main() -> None:
         dataset, data = folder / "raw/Dataset900_CT", folder / "preprocessed/Dataset900_CT/nnUNetPlans_3d_fullres"
         os.makedirs(places["nnUNet_preprocessed"])
         print(f"{options.volumes} CTs of {'x'.join(map(str, size))}, {options.form}; one process each")
-        print(
-            "| command | CPU s per volume | wall s per volume | peak MB | MB on disk per volume |\n|---|---|---|---|---|"
-        )
+        print("| command | CPU s per volume | wall s per volume | peak MB | MB on disk per volume |")
+        print("|---|---|---|---|---|")
         print(f"| (the scans) | | | | {disk_mb(folder / 'scans') / options.volumes:.0f} |")
         our_import = "nnUNetv2_misfm import -d 900 --name CT --modality CT --workers 1 --input"
         commands = {

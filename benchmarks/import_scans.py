@@ -5,7 +5,7 @@
 
 throughput: one thread. The floor is SimpleITK's ReadImage (a list of slices for DICOM) and WriteImage to .nii.gz, at
 the one zlib level that it has for NIfTI; beside it `import_source` on the same files, in the page cache: reading,
-checks, hashes, body mask, image and mask written at zlib's level 1. The ways alternate file by file, in reversed order
+checks, hashes, body mask, image and mask written by igzip. The ways alternate file by file, in reversed order
 every other round. Ratios are floor / import of one file in one round, median (lowest to highest); seconds are sums over
 files of the median over rounds. Scans of --scans that import refuses or SimpleITK cannot read are left out and counted.
 --link links canonical .nii.gz, .nrrd and .mha and writes the rest. "Stored" is the size of the files.
