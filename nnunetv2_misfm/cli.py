@@ -13,13 +13,17 @@ from nnunetv2_misfm.errors import MisfmError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a sub-command and returns the exit status: 0, 1 where `check` finds faults, 2 for a user's error."""
+    """Runs a sub-command and returns the exit status: 0, 1 where `check` finds faults, 2 for a user's error, 130."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except (MisfmError, NotImplementedError) as error:
         print(f"nnUNetv2_misfm {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        more = "; the same command goes on where it was" if options.command in ("import", "preprocess") else ""
+        print(f"nnUNetv2_misfm {options.command}: stopped{more}.", file=sys.stderr)
+        return 130  # as shells report an end by Ctrl-C
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split-time-series", action="store_true", help="take time series apart, do not refuse them")
     command.add_argument("--resample-sheared", action="store_true", help="resample gantry tilt, do not refuse it")
     command.add_argument("--keep-duplicates", action="store_true", help="take scans of equal content too")
-    command.add_argument("--min-size", type=int, default=8, metavar="VOXELS", help="along every axis (default: 8)")
+    command.add_argument(
+        "--min-size", type=_positive, default=8, metavar="VOXELS", help="along every axis (default: 8)"
+    )
 
     command = add("preprocess", _preprocess, "Do nnU-Net's preprocessing case by case, going on where it was.")
     command.add_argument("-d", "--datasets", nargs="+", required=True, metavar="ID", help="numbers or names")
@@ -104,10 +110,17 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
 def _add_workers(command: argparse.ArgumentParser) -> None:
     place = command.add_mutually_exclusive_group()
     place.add_argument(
-        "--workers", type=int, metavar="N", help="processes on this machine (default: one per processor)"
+        "--workers", type=_positive, metavar="N", help="processes on this machine (default: one per processor)"
     )
     place.add_argument(
         "--scheduler", metavar="ADDRESS", help="use the workers of this Dask cluster, e.g. tcp://host:8786"

@@ -7,8 +7,8 @@ workers finish. A dataset is the union of all that was ever imported into it.
 """
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.report import REPORT, TAKEN, by_path_and_part, settle_duplicates, summary, write_report
 from nnunetv2_misfm.data.sources import Source, folders_below, scan_folder, sources_in
 from nnunetv2_misfm.data.target import (
+    STATE_FOLDER,
     Target,
     check_target,
     describe,
@@ -83,47 +84,82 @@ def import_scans(
         places = {kind: (number, raw / f"Dataset{number:03d}_{name}{kind}") for kind, number in numbers.items()}
     for number, folder in places.values():
         check_target(folder, number, settings)
-    with locked(state_folder(raw, dataset_id)) as pool:
-        folders = list(folders_below(inputs))
+    with ExitStack() as stack:
+        pool, *_ = [stack.enter_context(locked(state_folder(raw, number))) for number, _ in places.values()]
+        ours = [raw / STATE_FOLDER, *(folder for _, folder in places.values())]
+        folders = list(folders_below(inputs, without=ours))
         unreadable = _run(partial(scan_folder, scanned=pool.scanned), folders, workers, "Looking for scans")
         _require_same_files(unreadable, workers)
         sources = sources_in(folders, pool.scanned)
         no_scans = {folder: _no_scans(folder, pool, unreadable.get(folder)) for folder in folders}
         if settings.modality == "auto":
-            by_modality = _by_modality(sources, pool, workers, split_by_modality)
+            by_modality = _by_modality(sources, pool, settings, workers, split_by_modality)
         else:
             by_modality = {settings.modality: sources}
         said: list[str] = []
+        anything_taken = False
         for modality, some in by_modality.items():
             number, folder = places[modality if split_by_modality else settings.modality]
             target = open_target(folder, number, replace(settings, modality=modality), pool)
             if not said:  # what is no scan stands in the first report
                 _record_no_scans(no_scans, target.state)
-            said.append(_import_into(target, some, workers))
+            outcomes = _import_into(target, some, set(folders), workers)
+            taken = any(outcome.verdict in TAKEN for outcome in outcomes)
+            anything_taken = anything_taken or taken
+            said.append(_summary(target.folder, outcomes, taken))
+    if not anything_taken:
+        raise MisfmError("no scan was accepted.\n" + "\n\n".join(said))
     return "\n\n".join(said)
 
 
-def _import_into(target: Target, sources: list[Source], workers: Workers) -> str:
-    """Imports sources into one dataset and brings its description up to date."""
+def _import_into(target: Target, sources: list[Source], folders: set[str], workers: Workers) -> list[Outcome]:
+    """Imports sources, found in some folders, into one dataset; returns all outcomes that it then has."""
     import_one = partial(import_source, dataset=target.folder, state=target.state, settings=target.settings)
+    by_key = {source.key: source for source in sources}
     failed = _run(import_one, sources, workers, f"Importing {target.settings.modality}")
-    outcomes = _settled(target, failed)
-    gone = {o.path for o in outcomes if o.verdict in TAKEN and not is_there(target.folder, o)}
-    if gone:
-        again = [source for source in sources if source.path in gone]
+    outcomes, missing = _settled(target, failed, by_key, folders)
+    if missing:
+        again = [by_key[key] for key in sorted(missing)]
         failed |= _run(partial(import_one, again=True), again, workers, "Importing again what is gone")
-        outcomes = _settled(target, failed)
-    outcomes = [_lost(o) if o.verdict in TAKEN and not is_there(target.folder, o) else o for o in outcomes]
+        outcomes, _ = _settled(target, failed, {}, folders)
     write_report(outcomes, target.folder)
-    taken = [outcome for outcome in outcomes if outcome.verdict in TAKEN]
-    said = f"{target.folder}\n\n{summary(outcomes)}\n\nEvery file is listed in {target.folder / REPORT}"
-    if not taken:
-        raise MisfmError(f"no scan was accepted.\n{said}")
     describe(target, outcomes)
-    sweep(target.folder, taken)
-    shutil.rmtree(target.state.unfinished, ignore_errors=True)  # that of a second dataset of the pool
-    command = f"nnUNetv2_plan_and_preprocess -d {target.folder.name[7:10]} -c 3d_fullres"
-    return f"{said}\nNext: {command}"
+    sweep(target.folder, [outcome for outcome in outcomes if outcome.verdict in TAKEN])
+    return outcomes
+
+
+def _settled(
+    target: Target, failed: dict[Source, str], here: Container[str], folders: set[str]
+) -> tuple[list[Outcome], set[str]]:
+    """Settles which outcomes count, of those recorded and of what failed in this run.
+
+    Args:
+        target: the dataset.
+        failed: sources without a recorded outcome -> why.
+        here: keys of the sources that can be imported again.
+        folders: that were searched in this run: a refused file that is gone from them is forgotten.
+
+    Returns:
+        All outcomes, and the keys of sources `here` that count but whose files are gone from the dataset. Where files
+        are gone whose source is not here, the outcome is rejected, and an equal scan takes its place.
+    """
+    crashed = {source.key: Outcome(source.key, source.path, "rejected", reason) for source, reason in failed.items()}
+    recorded = [Outcome(**row) for _, record in target.state.imported for row in record["outcomes"]]
+    outcomes = [outcome for outcome in recorded if outcome.key not in crashed and not _is_past(outcome, folders)]
+    outcomes += crashed.values()
+    while True:
+        ordered = sorted(outcomes, key=by_path_and_part)
+        settled = ordered if target.settings.keep_duplicates else settle_duplicates(ordered)
+        gone = [o for o in settled if o.verdict in TAKEN and not is_there(target.folder, o)]
+        lost = {(o.key, o.part) for o in gone if o.key not in here}
+        if not lost:
+            return settled, {outcome.key for outcome in gone}
+        outcomes = [_lost(outcome) if (outcome.key, outcome.part) in lost else outcome for outcome in outcomes]
+
+
+def _is_past(outcome: Outcome, folders: set[str]) -> bool:
+    refused = outcome.verdict == "rejected"
+    return refused and os.path.dirname(outcome.path) in folders and not os.path.lexists(outcome.path)
 
 
 def _lost(outcome: Outcome) -> Outcome:
@@ -131,21 +167,20 @@ def _lost(outcome: Outcome) -> Outcome:
     return replace(outcome, verdict="rejected", reason=reason, case="", image="")
 
 
-def _settled(target: Target, failed: dict[Source, str]) -> list[Outcome]:
-    recorded = [Outcome(**row) for _, rows in target.state.imported for row in rows]
-    crashed = [Outcome(source.path, "rejected", reason) for source, reason in failed.items()]
-    paths = {outcome.path for outcome in crashed}
-    outcomes = [outcome for outcome in recorded if outcome.path not in paths] + crashed
-    if target.settings.keep_duplicates:
-        return sorted(outcomes, key=by_path_and_part)
-    return settle_duplicates(outcomes)
+def _summary(folder: Path, outcomes: list[Outcome], taken: bool) -> str:
+    said = f"{folder}\n\n{summary(outcomes)}\n\nEvery file is listed in {folder / REPORT}"
+    command = f"nnUNetv2_plan_and_preprocess -d {folder.name[7:10]} -c 3d_fullres"
+    return f"{said}\nNext: {command}" if taken else said
 
 
-def _by_modality(sources: list[Source], pool: State, workers: Workers, split: bool) -> dict[str, list[Source]]:
+def _by_modality(
+    sources: list[Source], pool: State, settings: Settings, workers: Workers, split: bool
+) -> dict[str, list[Source]]:
     """Returns the sources of each modality; those that are neither CT nor MR, or unreadable, go with the first."""
     found: dict[str, list[Source]] = {modality: [] for modality in MODALITIES}
     neither: list[Source] = []
-    for source, modality in _results(partial(probe_modality, state=pool), sources, workers, "Telling CT from MR"):
+    probe = partial(probe_modality, state=pool, settings=settings)
+    for source, modality in _results(probe, sources, workers, "Telling CT from MR"):
         found.get(modality if isinstance(modality, str) else "", neither).append(source)
     found = {modality: some for modality, some in found.items() if some}
     if len(found) > 1 and not split:
@@ -196,13 +231,14 @@ def _require_same_files(unreadable: dict[str, str], workers: Workers) -> None:
 def _no_scans(folder: str, pool: State, unreadable: str | None) -> list[Outcome]:
     """The rows of the files in one folder that are no scans, or of the folder itself."""
     if unreadable is not None:
-        return [Outcome(folder, "rejected", unreadable)]
+        return [Outcome(folder, folder, "rejected", unreadable)]
     others = (pool.scanned.last(folder) or {}).get("others", {})
-    return [Outcome(os.path.join(folder, name), "rejected", reason) for name, reason in others.items()]
+    return [Outcome(folder, os.path.join(folder, name), "rejected", reason) for name, reason in others.items()]
 
 
 def _record_no_scans(no_scans: dict[str, list[Outcome]], state: State) -> None:
     for folder, outcomes in no_scans.items():
-        rows = [asdict(outcome) for outcome in outcomes]
-        if rows != (state.imported.last(folder) or []):
-            state.imported.put(folder, "", rows)
+        record = {"folders": [], "outcomes": [asdict(outcome) for outcome in outcomes]}
+        known = state.imported.last(folder)
+        if record != known and (outcomes or known):
+            state.imported.put(folder, "", record)

@@ -43,6 +43,8 @@ _CHUNK = 1 << 20
 def import_source(source: Source, dataset: Path, state: State, settings: Settings, again: bool = False) -> None:
     """Imports one source and records its outcomes, unless they are recorded and its files have not changed.
 
+    Of a DICOM series the slices are joined that lay in other folders at earlier imports.
+
     Args:
         source: what to import.
         dataset: the dataset's folder.
@@ -53,11 +55,16 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
     Raises:
         CannotWrite: The disk is full or closed; nothing half-written is left in the dataset.
     """
+    earlier = state.imported.last(source.key) or {"folders": [], "outcomes": []}
+    gone = [folder for folder in earlier["folders"] if not os.path.isdir(folder)]
+    if gone and not again and any(outcome["case"] for outcome in earlier["outcomes"]):
+        return  # a part of a series that was imported whole before
+    source = replace(source, folders=tuple(sorted({*source.folders, *earlier["folders"]} - set(gone))))
     files = source.files(state.scanned)
     made_from = fingerprint(files)
     if not again and state.imported.get(source.key, made_from) is not None:
         return
-    basic = Outcome(source.path, "rejected", files=len(files), sha256=_sha256(files))
+    basic = Outcome(source.key, str(files[0]), "rejected", files=len(files), sha256=_sha256(files))
     outcomes, passing = [], False
     for read in _read(source, files, settings):
         try:
@@ -67,7 +74,8 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
         except Refused as refused:
             outcomes.append(_refusal(basic, refused))
             passing = passing or _may_pass(refused)
-    state.imported.put(source.key, "" if passing else made_from, [asdict(outcome) for outcome in outcomes])
+    record = {"folders": source.folders, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    state.imported.put(source.key, "" if passing else made_from, record)
 
 
 def _read(source: Source, files: list[Path], settings: Settings) -> Iterator[Volume | Refused]:

@@ -31,6 +31,7 @@ class Outcome:
     """The verdict on one scan, or on one volume of a time series or stack of a series: a row of the report.
 
     Attributes:
+        key: of the source (`Source.key`).
         path: the file; a series' first file.
         part: which part of it; empty for the whole.
         verdict: accepted, repaired, split, duplicate or rejected.
@@ -50,6 +51,7 @@ class Outcome:
         image: file of the image, relative to the dataset's folder, absolute for a link.
     """
 
+    key: str
     path: str
     verdict: str
     reason: str = ""

@@ -4,6 +4,7 @@ A record is written when all that it speaks of is in place, and by renaming, so 
 counts only while the files that it was made from are unchanged: their names, sizes and times of change are part of it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from uuid import uuid4
 
 from nnunetv2_misfm.errors import MisfmError
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMAT = 1  # of records; those of another are as good as none
 UNFINISHED = "unfinished"  # may be deleted while nothing runs
 
 
@@ -38,8 +41,9 @@ class CannotWrite(MisfmError):
     """The disk takes no more: the run must stop, and can go on later."""
 
     def __init__(self, path: Path, error: OSError):
+        remedy = "make room" if error.errno in _DISK_FULL else "see to it that it can be"
         super().__init__(
-            f"{path} could not be written ({error}): make room, then start the same command again; "
+            f"{path} could not be written ({error.strerror or error}): {remedy}, then start the same command again; "
             "it goes on where it was."
         )
         self.arguments = (path, error)
@@ -77,7 +81,8 @@ class Records:
         try:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps({"key": key, "made_from": made_from, "record": record}, sort_keys=True))
+            content = {"format": FORMAT, "key": key, "made_from": made_from, "record": record}
+            unfinished.write_text(json.dumps(content, sort_keys=True))
             os.replace(unfinished, file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
@@ -86,18 +91,25 @@ class Records:
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yields (key, record) of all that were ever put and not replaced, in the order of the keys' hashes."""
         for file in sorted(self.folder.glob("*/*.json")):
-            stored = json.loads(file.read_text())
-            yield stored["key"], stored["record"]
+            stored = _read(file)
+            if stored is not None:
+                yield stored["key"], stored["record"]
 
     def _stored(self, key: str) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._file(key).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
+        return _read(self._file(key))
 
     def _file(self, key: str) -> Path:
         name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Returns what a record's file holds; None where it is missing, damaged (a power cut) or of another format."""
+    try:
+        stored = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return stored if stored["format"] == FORMAT else None
 
 
 @dataclass(frozen=True)

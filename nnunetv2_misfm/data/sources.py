@@ -18,12 +18,12 @@ class Folder:
 
     Attributes:
         images: names of files of the formats of `data/files.py`.
-        series: DICOM series, by the hash of their UID -> names of their files here.
+        series: DICOM series, by the hash of what tells them apart -> name of their first file here.
         others: names of files that are no scans -> why.
     """
 
     images: list[str] = field(default_factory=list)
-    series: dict[str, list[str]] = field(default_factory=dict)
+    series: dict[str, str] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
 
 
@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         path: of the file; of a series' first file.
-        series: hash of the series' UID; empty for a file.
+        series: hash of what tells the series from others; empty for a file.
         folders: where files of the series lie; empty for a file.
     """
 
@@ -47,31 +47,39 @@ class Source:
         return self.series or self.path
 
     def files(self, scanned: Records) -> list[Path]:
-        """Returns all files that the item is read from, sorted by path.
+        """Returns all files that the item is read from, sorted by path; of a series those that are there.
 
         Args:
-            scanned: records of `scan_folder`, by folder.
+            scanned: records of `scan_folder`.
         """
         if not self.series:
             return [Path(self.path), *companions(Path(self.path))]
         found = []
         for folder in self.folders:
-            names = _recorded(scanned, folder).series.get(self.series, [])
-            found += [Path(folder, name) for name in names]
+            if self.series in _recorded(scanned, folder).series:
+                names = scanned.last(_series_key(folder, self.series)) or []
+                found += [Path(folder, name) for name in names if os.path.exists(os.path.join(folder, name))]
         return sorted(found)
 
 
-def folders_below(inputs: Iterable[Path]) -> Iterator[str]:
+def folders_below(inputs: Iterable[Path], without: Iterable[Path] = ()) -> Iterator[str]:
     """Yields every folder that is one of `inputs` or lies below, absolute, each once; links to folders are followed.
 
+    Args:
+        inputs: folders.
+        without: folders that are left out with all below them.
+
     Raises:
-        MisfmError: An input is not a folder.
+        MisfmError: An input is not a folder, or lies in one of those left out.
     """
-    seen: set[str] = set()
+    seen = {os.path.realpath(folder) for folder in without}
     unreadable: list[str] = []
     for top in inputs:
         if not top.is_dir():
             raise MisfmError(f"expected folders after --input, got {top}, which is not one.")
+        inside = [folder for folder in without if top.resolve().is_relative_to(folder.resolve())]
+        if inside:
+            raise MisfmError(f"expected folders of scans after --input, got {top}, which belongs to {inside[0]}.")
         walk = os.walk(os.path.abspath(top), followlinks=True, onerror=lambda error: unreadable.append(error.filename))
         for folder, below, _ in walk:
             below.sort()
@@ -97,9 +105,12 @@ def scan_folder(folder: str, scanned: Records) -> None:
     data_files = {data for image in images if ending_of(image) in COMPANIONS for data in companions(image)}
     candidates = sorted(set(present) - set(images) - data_files)
     series, others = group_series(candidates)
+    by_hash = {_hash(what): [file.name for file in slices] for what, slices in series.items()}
+    for key, slices in by_hash.items():
+        scanned.put(_series_key(folder, key), made_from, slices)
     content = Folder(
         images=[file.name for file in images],
-        series={_hash(uid): [file.name for file in slices] for uid, slices in series.items()},
+        series={key: slices[0] for key, slices in by_hash.items()},
         others={file.name: reason for file, reason in others.items()}
         | {file.name: "a link to nothing" for file in gone},
     )
@@ -114,8 +125,8 @@ def sources_in(folders: Iterable[str], scanned: Records) -> list[Source]:
     for folder in folders:
         content = _recorded(scanned, folder)
         files += [Source(os.path.join(folder, name)) for name in content.images]
-        for uid, names in content.series.items():
-            path = os.path.join(folder, min(names))
+        for uid, name in content.series.items():
+            path = os.path.join(folder, name)
             first[uid] = min(first.get(uid, path), path)
             where.setdefault(uid, []).append(folder)
     return sorted(files + [Source(first[uid], uid, tuple(sorted(where[uid]))) for uid in first])
@@ -126,6 +137,10 @@ def _recorded(scanned: Records, folder: str) -> Folder:
     return Folder(**record) if record else Folder()
 
 
-def _hash(uid: str) -> str:
-    """A UID leads to the patient in the archive it came from, so it is not stored."""
-    return hashlib.sha256(uid.encode()).hexdigest()[:32]
+def _series_key(folder: str, series: str) -> str:
+    return f"{folder}\0{series}"
+
+
+def _hash(what: str) -> str:
+    """UIDs lead to the patient in the archive they came from, so they are not stored."""
+    return hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:32]

@@ -1,6 +1,5 @@
 """The raw dataset that an import makes: its folder, its description, and what is known of it."""
 
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,10 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2_misfm import __version__
 from nnunetv2_misfm.data.import_scan import FILE_ENDING
 from nnunetv2_misfm.data.outcome import Outcome, Settings
-from nnunetv2_misfm.data.records import State
+from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.report import REPORT, TAKEN
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import VALID_NAME, write_json
+from nnunetv2_misfm.planning.plans_file import VALID_NAME, read_json, write_json
 
 STATE_FOLDER = ".misfm_import"  # beside the datasets; nnU-Net looks only at folders called Dataset...
 _OUR_FILES = re.compile(r"scan_[0-9a-f]{16}(_0000)?" + re.escape(FILE_ENDING))
@@ -48,16 +47,25 @@ def raw_folder(dataset_id: int, name: str, inputs: Sequence[Path], split_by_moda
 
 @contextmanager
 def locked(folder: Path) -> Iterator[State]:
-    """Holds the state of a dataset for this process alone; the system lets go of it when the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = State(folder, folder)
+    """Holds the state of a dataset for this process alone; the system lets go of it when the process ends.
+
+    Raises:
+        MisfmError: Another process holds it, or nothing can be written there.
+    """
+    state, lock = State(folder, folder), FileLock(folder / "lock")
     try:
-        with FileLock(folder / "lock", timeout=0):
-            shutil.rmtree(state.unfinished, ignore_errors=True)  # left by a run that was killed
-            yield state
-            shutil.rmtree(state.unfinished, ignore_errors=True)  # left by workers that died
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise MisfmError(f"another import into the same dataset id is running ({folder / 'lock'} is held).") from error
+    except OSError as error:
+        raise CannotWrite(folder, error) from error
+    try:
+        shutil.rmtree(state.unfinished, ignore_errors=True)  # left by a run that was killed
+        yield state
+        shutil.rmtree(state.unfinished, ignore_errors=True)  # left by workers that died
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,9 @@ def check_target(folder: Path, number: int, settings: Settings) -> None:
     known = state_folder(folder.parent, number) / "settings.json"
     if not known.is_file():
         raise MisfmError(f"{folder} was not made by import: choose another --dataset and --name.")
-    earlier = json.loads(known.read_text())
+    if not (folder / "dataset.json").is_file():
+        return  # nothing was taken yet, so nothing holds
+    earlier = read_json(known)
     now = {key: value for key, value in _made_with(folder, settings).items() if (key, value) != ("modality", "auto")}
     changed = ", ".join(f"{key}={earlier.get(key)!r}" for key in now if earlier.get(key) != now[key])
     if changed:
@@ -117,11 +127,13 @@ def open_target(folder: Path, number: int, settings: Settings, pool: State) -> T
     """
     check_target(folder, number, settings)
     state = State(state_folder(folder.parent, number), pool.pool)
-    if not folder.exists():  # new, or deleted by the user: what was recorded of it no longer holds
+    known, made_with = state.folder / "settings.json", _made_with(folder, settings)
+    deleted = not folder.exists()  # or new: what was recorded of it no longer holds
+    if deleted or read_json(known) != made_with:
         shutil.rmtree(state.imported.folder, ignore_errors=True)
         state.folder.mkdir(parents=True, exist_ok=True)
-        write_json(_made_with(folder, settings), state.folder / "settings.json")
-        folder.mkdir(parents=True)
+        write_json(made_with, known)
+        folder.mkdir(parents=True, exist_ok=True)
     return Target(folder, state, settings)
 
 
@@ -135,8 +147,14 @@ def is_there(folder: Path, outcome: Outcome) -> bool:
 
 
 def describe(target: Target, outcomes: list[Outcome]) -> None:
-    """Writes dataset.json. It lists every case, as nnU-Net allows: finding them by name takes it n^2 comparisons."""
+    """Writes dataset.json, or removes it where no scan was taken.
+
+    It lists every case, as nnU-Net allows: finding them by name takes it n^2 comparisons.
+    """
     taken = sorted((outcome for outcome in outcomes if outcome.verdict in TAKEN), key=lambda outcome: outcome.case)
+    if not taken:
+        (target.folder / "dataset.json").unlink(missing_ok=True)
+        return
     verdicts = Counter(outcome.verdict for outcome in outcomes)
     content = {
         "name": target.folder.name.split("_", 1)[1],

@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
-from scans import LPS, affine_of, ct, mr, report, tree, write
+from scans import LPS, affine_of, ct, mr, report, tree, write, write_series
 
 from nnunetv2_misfm.data.import_dataset import Workers, import_scans
 from nnunetv2_misfm.data.outcome import Settings
@@ -265,37 +264,6 @@ def test_a_dicom_series_over_two_folders_is_one_scan_and_no_identity_reaches_the
         content = gzip.decompress(content) if name.endswith(".gz") else content
         for secret in secrets:
             assert secret.encode() not in content, (name, secret)
-
-
-def write_series(folder: Path, voxels: np.ndarray, modality: str = "CT") -> list[str]:
-    """Every second slice in another folder; returns what identifies the patient."""
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    series, study, frame = generate_uid(), generate_uid(), generate_uid()
-    for k in range(voxels.shape[2]):
-        meta = pydicom.dataset.FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        slice_ = pydicom.Dataset()
-        slice_.file_meta = meta
-        slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        slice_.PatientName, slice_.PatientID, slice_.PatientBirthDate = "Doe^Erika", "MRN-4711-X", "19640812"
-        slice_.AccessionNumber, slice_.InstitutionName = "ACC-99887766", "St Elsewhere"
-        slice_.StudyDescription, slice_.StudyDate = "Abdomen of Erika", "20240131"
-        slice_.Modality, slice_.SeriesInstanceUID, slice_.StudyInstanceUID = modality, series, study
-        slice_.FrameOfReferenceUID = frame
-        slice_.Rows, slice_.Columns = voxels.shape[1], voxels.shape[0]
-        slice_.PixelSpacing, slice_.ImageOrientationPatient = [1.0, 1.0], [1, 0, 0, 0, 1, 0]
-        slice_.ImagePositionPatient, slice_.InstanceNumber = [0, 0, 2.0 * k], k + 1
-        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
-        slice_.BitsAllocated = slice_.BitsStored = 16
-        slice_.HighBit, slice_.PixelRepresentation = 15, 1
-        slice_.RescaleSlope, slice_.RescaleIntercept = 1, 0
-        slice_.PixelData = voxels[:, :, k].T.tobytes()
-        place = folder / f"part {k % 2}" / f"IM{k:04d}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        slice_.save_as(place, enforce_file_format=True)
-    return ["Erika", "MRN-4711-X", "19640812", "ACC-99887766", "Elsewhere", "20240131", series, study, frame]
 
 
 def test_a_scan_found_both_as_dicom_and_as_nifti_is_a_duplicate(raw, tmp_path):

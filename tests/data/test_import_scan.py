@@ -22,7 +22,7 @@ def import_one(tmp_path: Path, file: Path, chosen: Settings = CT) -> list[Outcom
     state = State(tmp_path / "state", tmp_path / "state")
     source = Source(str(file))
     import_source(source, tmp_path / "dataset", state, chosen)
-    return [Outcome(**row) for row in state.imported.last(source.key)]
+    return [Outcome(**row) for row in state.imported.last(source.key)["outcomes"]]
 
 
 def written(tmp_path: Path, outcome: Outcome) -> tuple[sitk.Image, sitk.Image]:

@@ -19,7 +19,7 @@ def taken(path: str, content: str = "one", *, shift_mm: float = 0.0, **more: Any
     affine[3] = shift_mm
     case, image = f"scan_{path}", f"imagesTr/scan_{path}_0000.nii.gz"
     values: dict[str, Any] = {"case": case, "image": image, "content": content, "affine": affine}
-    return Outcome(path, **{"verdict": "accepted", **values, **more})
+    return Outcome(path, path, **{"verdict": "accepted", **values, **more})
 
 
 def verdicts(outcomes: list[Outcome]) -> dict[str, str]:
@@ -102,6 +102,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_the_report_has_the_columns_promised_and_one_row_per_outcome(tmp_path):
     one = Outcome(
         "a/b.nii.gz",
+        "a/b.nii.gz",
         "repaired",
         reason="3 voxels were not finite: set to 0",
         part="volume 1 of 2",
@@ -119,7 +120,7 @@ def test_the_report_has_the_columns_promised_and_one_row_per_outcome(tmp_path):
         affine=PLACE,
         image="not written",
     )
-    write_report([one, Outcome("c", "rejected")], tmp_path)
+    write_report([one, Outcome("c", "c", "rejected")], tmp_path)
     first, second = rows(tmp_path)
     # by hand, as issue and user's guide name them
     promised = "path part verdict reason case modality files shape spacing_mm orientation dtype intensity_range"
@@ -131,21 +132,21 @@ def test_the_report_has_the_columns_promised_and_one_row_per_outcome(tmp_path):
 
 @pytest.mark.parametrize("name", ["a,b", 'a"b', "a\nb", "a\r", "a\r\nb", "é ü 語", "\udce9", " a ", "a;b", ""])
 def test_any_name_comes_back_from_the_report(tmp_path, name):
-    write_report([Outcome(name, "rejected", reason=name), Outcome("next", "accepted")], tmp_path)
+    write_report([Outcome(name, name, "rejected", reason=name), Outcome("next", "next", "accepted")], tmp_path)
     assert [(row["path"], row["reason"]) for row in rows(tmp_path)] == [(name, name), ("next", "")]
 
 
 def test_a_report_is_replaced_only_by_a_whole_one(tmp_path):
-    write_report([Outcome("a", "accepted")], tmp_path)
+    write_report([Outcome("a", "a", "accepted")], tmp_path)
 
     def cut_off() -> Iterator[Outcome]:
-        yield Outcome("b", "accepted")
+        yield Outcome("b", "b", "accepted")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_report(cut_off(), tmp_path)
     assert [row["path"] for row in rows(tmp_path)] == ["a"]
-    write_report([Outcome("c", "accepted")], tmp_path)
+    write_report([Outcome("c", "c", "accepted")], tmp_path)
     assert [row["path"] for row in rows(tmp_path)] == ["c"]
     assert [file.name for file in tmp_path.iterdir()] == [REPORT]
 
@@ -172,7 +173,7 @@ def test_the_summary_adds_up():
     for number in range(500):
         verdict = VERDICTS[draw.integers(len(VERDICTS))]
         reason = "" if verdict == "accepted" else f"{'xyzuvwabcdefghijk'[draw.integers(17)]} of its own: {number}"
-        outcomes.append(Outcome(f"a{number}", verdict, reason=reason))
+        outcomes.append(Outcome(f"a{number}", f"a{number}", verdict, reason=reason))
     by_verdict, by_reason = counts(summary(iter(outcomes)))
     assert by_verdict == {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in VERDICTS}
     assert sum(by_reason.values()) == 500 - by_verdict["accepted"] - by_verdict["split"]
@@ -187,8 +188,8 @@ def test_reasons_that_differ_only_in_details_are_counted_together():
         "damaged: the file is cut off or corrupt (EOFError)",
         "damaged: the file is cut off or corrupt (CRC check failed)",
     ]
-    outcomes = [Outcome(f"a{number}", "rejected", reason=reason) for number, reason in enumerate(reasons)]
-    outcomes += [Outcome(name, "duplicate", reason=f"same voxels and geometry as {name}") for name in "xyz"]
+    outcomes = [Outcome(f"a{number}", f"a{number}", "rejected", reason=reason) for number, reason in enumerate(reasons)]
+    outcomes += [Outcome(name, name, "duplicate", reason=f"same voxels and geometry as {name}") for name in "xyz"]
     assert counts(summary(outcomes)) == (
         {"duplicate": 3, "rejected": 4},
         {"duplicate: same as another scan": 3, "rejected: time series of N volumes": 2, "rejected: damaged": 2},
@@ -196,5 +197,8 @@ def test_reasons_that_differ_only_in_details_are_counted_together():
 
 
 def test_accepted_scans_alone_need_no_reasons():
-    assert summary([Outcome("a", "accepted"), Outcome("b", "split")]) == "accepted          1\nsplit             1"
+    assert (
+        summary([Outcome("a", "a", "accepted"), Outcome("b", "b", "split")])
+        == "accepted          1\nsplit             1"
+    )
     assert summary([]) == ""
