@@ -16,6 +16,8 @@ QUICK = (
     *("num_epochs=1", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "batch_size=2"),
     *("patch_size=[16,16,16]", "features_per_stage=[8,8,16,16,32]", "num_heads=[1,1,1]"),
 )
+# canonical, and of an ending that nnU-Net's reader knows
+LINKED = {"ct": 8, "mr": 11}
 # label maps of `odd` and what its README names; every other file there is judged by its content below
 ODD = {
     "rejected": {
@@ -140,11 +142,11 @@ def test_the_dicom_head_is_imported_as_the_nifti_of_it_and_orientations_are_equa
             np.testing.assert_allclose(getattr(image, geometry)(), getattr(images[0], geometry)(), atol=1e-3)
 
 
-def test_all_unannotated_scans_are_imported(shared: Path, tmp_path: Path) -> None:
+def test_all_unannotated_scans_are_imported_and_pretrain_both_networks(shared: Path, tmp_path: Path) -> None:
     world, pool = world_in(tmp_path), shared / "data/unannotated"
     run(
         world, "import", "nnUNetv2_misfm", "import", "--input", pool, "--dataset", "900", "--name", "Pool",
-        "--split-by-modality", "--workers", "2",
+        "--split-by-modality", "--link", "--workers", "2",
     )  # fmt: skip
     for dataset, folder in (("Dataset900_PoolCT", "ct"), ("Dataset901_PoolMR", "mr")):
         rows = [row for row in report(tmp_path / "raw" / dataset) if not row["path"].endswith("sources.tsv")]
@@ -153,7 +155,19 @@ def test_all_unannotated_scans_are_imported(shared: Path, tmp_path: Path) -> Non
         assert {Path(row["path"]).parent.name for row in rows} == {folder}
         described = json.loads((tmp_path / "raw" / dataset / "dataset.json").read_text())
         assert described["numTraining"] == len(rows)
+        linked = sum(Path(files["images"][0]).is_absolute() for files in described["dataset"].values())
+        assert linked == LINKED[folder]
         assert all(0.2 < float(row["body_share"]) <= 1 for row in rows)
+    run(
+        world, "plan", "nnUNetv2_plan_and_preprocess", "-d", "900", "901", "-c", "3d_fullres",
+        "--verify_dataset_integrity", "-npfp", "2", "-np", "2", nnUNet_n_proc_DA="1",
+    )  # fmt: skip
+    for dataset in ("900", "901"):
+        configure = ("nnUNetv2_misfm", "configure", "-d", dataset, "-c", "3d_fullres", "--name", "quick")
+        run(world, "configure", *configure, *QUICK)
+        for trainer in PRETRAINERS:
+            world.train(trainer, trainer, target=(dataset, "quick", "all"))
+            assert world.finished[trainer].returncode == 0, world.finished[trainer].stderr[-4000:]
 
 
 def test_a_mixed_pool_is_one_sentence_and_status_2(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ that it gives is right. What is done otherwise here, and why (each tried with Si
 - RLE data cut short are read in silence. pydicom decodes them, and checks.
 - Of the rescales of an enhanced multi-frame file the first is applied to all frames. pydicom reads the stored values of
   such files, and each frame gets its own; a file that only GDCM can decode must have one rescale.
+- Pixels of MONOCHROME1, a term that concerns the display alone, are inverted. pydicom leaves them as they are stored;
+  what only GDCM can decode is refused.
+- A lookup table in place of the rescale (Modality LUT) is ignored. Such slices are refused.
 - Files without a preamble and unknown SOP classes are refused. pydicom reads them, unless they are compressed.
 
 No name, identifier, date, UID or description from a header enters a reason, a note or a volume.
@@ -17,6 +20,8 @@ No name, identifier, date, UID or description from a header enters a reason, a n
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -45,11 +50,13 @@ from nnunetv2_misfm.data.dicom_geometry import (
     affine_of,
     check_even,
     frames_of,
+    header_of,
     split_stacks,
     split_time_points,
+    whole_copy,
 )
 from nnunetv2_misfm.data.files import require_utf8
-from nnunetv2_misfm.data.volume import Header, Refused, Volume, orientation_of
+from nnunetv2_misfm.data.volume import Header, Refused, Volume
 
 # Odd values are what hospitals hold: pydicom shall neither warn of every one nor refuse it. This switches off its
 # checks on reading, and its warnings, in this process; nothing else of ours reads DICOM
@@ -62,14 +69,19 @@ _UNCOMPRESSED = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEn
 _FIRST_GROUPS = {b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08"}
 # Modalities (PS3.3, C.7.3.1.1.1) that come with voxels and are no scan
 _NO_SCAN = {"SEG": "a label map (SEG)", "RTDOSE": "a map of dose (RTDOSE)"}
-_GROUP_TAGS = ["SOPClassUID", "SeriesInstanceUID", "Modality", "Rows", "Columns"]
+# What the files of a series share. A series' UID is unique by the standard; archives that were anonymised badly use one
+# for several patients or studies
+_SERIES_TAGS = ["SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "PatientID"]
+_GROUP_TAGS = [*_SERIES_TAGS, "SOPClassUID", "Modality", "Rows", "Columns"]
 
 
 def group_series(files: Sequence[Path]) -> tuple[dict[str, list[Path]], dict[Path, str]]:
     """Sorts files into DICOM series by their headers; nothing is raised for a bad file.
 
     Returns:
-        SeriesInstanceUID -> its files that hold an image, sorted by path; and every other file -> why it is none.
+        Series -> its files that hold an image, sorted by path; and every other file -> why it is none. A series is
+        named by the UIDs of itself, its study and its frame of reference and by the patient's ID: to be hashed, not
+        stored.
     """
     series: dict[str, list[Path]] = {}
     others: dict[Path, str] = {}
@@ -81,48 +93,80 @@ def group_series(files: Sequence[Path]) -> tuple[dict[str, list[Path]], dict[Pat
     return series, others
 
 
+def modality_of(files: Sequence[Path]) -> str | None:
+    """Returns the Modality, "CT", "MR", "PT" ..., of the first readable file that names one, or None."""
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                modality = _modality(_parse(stream, ["Modality"]))
+        except Exception:  # no file, or a header of random bytes: pydicom raises nearly anything
+            continue
+        if modality:
+            return modality
+    return None
+
+
 def read_series(files: Sequence[Path], *, split_time_series: bool = False) -> Iterator[Volume | Refused]:
     """Reads the files of one series.
 
     Args:
-        files: all of one SeriesInstanceUID, in any order.
+        files: all of one series of `group_series`, in any order.
         split_time_series: yield the volumes of a time series (of echoes, of b-values) one after the other, and a
             series that is one time point of several; otherwise they are refused.
 
     Yields:
         One volume per stack of slices, or the reason against it. Voxels [columns, rows, slices], slices in ascending
-        order along the cross product of row and column direction; a tilted gantry gives an affine with shear.
+        order along the cross product of row and column direction; a tilted gantry gives an affine with shear. Of the
+        copies of a slice (same SOPInstanceUID, same place, same numbers) one that is whole is read.
     """
-    frames: list[Frame] = []
-    unusable: dict[str, Refused] = {}
-    seen: set[str] = set()
-    copies = 0
+    note = ""
     try:
-        for file in sorted(files):
-            header = _read_header(file)
-            uid = str(header.get("SOPInstanceUID") or file)
-            if uid in seen:
-                copies += 1
-                continue
-            seen.add(uid)
-            try:
-                frames += _slices_of(header, file)
-            except NoSlice as refused:
-                unusable.setdefault(refused.reason, refused)
-        stacks = split_stacks(frames)
+        held, unusable = _slices_in(files)
+        copies = sum(len(same) - 1 for same in held)
+        if copies:
+            note = f"{copies} {'copy of a slice' if copies == 1 else 'copies of slices'} left out"
+        stacks = split_stacks([frame for same in held for frame in whole_copy(same)])
     except Refused as refused:
-        yield refused
+        yield _noted(refused, note)
         return
-    notes = (f"{copies} {'copy of a slice' if copies == 1 else 'copies of slices'} left out",) if copies else ()
     parts = len(stacks) + len(unusable)
     for number, stack in enumerate(stacks, 1):
         part = f"stack {number} of {parts}" if parts > 1 else ""
-        yield from _read_stack(stack, part, notes, split_time_series)
+        # map keeps no volume in memory while the next one is read
+        yield from map(partial(_noted, note=note), _read_stack(stack, part, split_time_series))
     for number, other in enumerate(unusable.values(), len(stacks) + 1):
         yield other.of(other.header, f"stack {number} of {parts}" if parts > 1 else "")
 
 
-def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bool) -> Iterator[Volume | Refused]:
+def _slices_in(files: Sequence[Path]) -> tuple[list[list[tuple[list[Frame], Refused | None]]], dict[str, Refused]]:
+    """Returns the slices of files, copies together, each with the flaw of its file; and reasons against other images.
+
+    Raises:
+        Refused: A file cannot be read far enough to tell what it is a copy of.
+    """
+    held: dict[tuple[object, ...], list[tuple[list[Frame], Refused | None]]] = {}
+    unusable: dict[str, Refused] = {}
+    for file in sorted(files):
+        header, flaw = _read_header(file)
+        try:
+            frames = _slices_of(header, file)
+        except NoSlice as refused:
+            unusable.setdefault(refused.reason, refused)
+        else:
+            uid = str(header.get("SOPInstanceUID") or file)
+            held.setdefault((uid, *(frame.identity for frame in frames)), []).append((frames, flaw))
+    return list(held.values()), unusable
+
+
+def _noted(result: Volume | Refused, note: str) -> Volume | Refused:
+    if note and isinstance(result, Volume):
+        return replace(result, notes=(*result.notes, note))
+    if note and isinstance(result, Refused):
+        result.reason = f"{result.reason}; {note}"
+    return result
+
+
+def _read_stack(stack: list[Frame], part: str, split: bool) -> Iterator[Volume | Refused]:
     """Yields the volumes of one sorted stack, or the reasons against them."""
     volumes = [stack]
     try:
@@ -136,7 +180,7 @@ def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bo
         if alone and alone > 1 and not split:
             raise Refused(f"time point {alone} of a time series: --split-time-series takes it as a volume")
     except Refused as refused:
-        yield refused.of(_header_of(volumes[0]), part)
+        yield refused.of(header_of(volumes[0]), part)
         return
     for number, volume in enumerate(volumes, 1):
         which = f"volume {number} of {len(volumes)}" if len(volumes) > 1 else ""
@@ -146,25 +190,14 @@ def _read_stack(stack: list[Frame], part: str, notes: tuple[str, ...], split: bo
             check_even(volume)
             voxels = _read_voxels(volume)
         except Refused as refused:
-            yield refused.of(_header_of(volume), whole_part)
+            yield refused.of(header_of(volume), whole_part)
             continue
-        yield Volume(voxels, affine_of(volume), _header_of(volume), whole_part, notes)
+        yield Volume(voxels, affine_of(volume), header_of(volume), whole_part)
         del voxels  # else it would stay in memory while the next one is read
 
 
-def _header_of(frames: Sequence[Frame]) -> Header:
-    affine, first = affine_of(frames), frames[0]
-    return Header(
-        shape=(*first.shape, len(frames)),
-        spacing_mm=tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0)),
-        orientation=orientation_of(affine),
-        dtype=first.dtype,
-        modality=first.modality,
-    )
-
-
 def _series_of(file: Path) -> str:
-    """Returns the SeriesInstanceUID of a file with an image; refuses any other file."""
+    """Returns what names the series of a file with an image; refuses any other file."""
     try:
         if not file.is_file():
             raise Refused("not a scan: no regular file")
@@ -174,7 +207,7 @@ def _series_of(file: Path) -> str:
             header = _parse(stream, _GROUP_TAGS)
             modality, sop_class = _modality(header), UID(str(header.get("SOPClassUID") or ""))
             directory = header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
-            uid = str(header.get("SeriesInstanceUID") or "")
+            uid, *origin = (str(header.get(tag) or "").strip() for tag in _SERIES_TAGS)
             has_size = bool(header.get("Rows") and header.get("Columns"))
     except OSError as error:
         raise Refused(f"not a scan: cannot be read ({error.strerror or type(error).__name__})") from None
@@ -192,7 +225,7 @@ def _series_of(file: Path) -> str:
         raise Refused("unreadable DICOM header: it tells no size of the image")
     if not uid:
         raise Refused("unreadable DICOM header: it names no series")
-    return uid
+    return "\n".join([uid, *origin])
 
 
 def _looks_like_dicom(stream: BinaryIO) -> bool:
@@ -220,8 +253,8 @@ def _transfer_syntax(header: FileDataset) -> UID:
     return UID(named) if named else found
 
 
-def _read_header(file: Path) -> FileDataset:
-    """Reads what describes the slices of a file; refuses one whose pixel data are shorter than it promises."""
+def _read_header(file: Path) -> tuple[FileDataset, Refused | None]:
+    """Returns what describes the slices of a file, and the reason against pixel data shorter than that promises."""
     try:
         with file.open("rb") as stream:
             header = _parse(stream, FRAME_TAGS)
@@ -231,8 +264,8 @@ def _read_header(file: Path) -> FileDataset:
     except Exception as error:  # a header of random bytes makes pydicom raise nearly anything
         raise Refused(f"unreadable DICOM header of {file.name}: {type(error).__name__}") from None
     if missing > 0:
-        raise Refused(f"truncated: {missing} bytes of pixel data are missing in {file.name}")
-    return header
+        return header, Refused(f"truncated: {missing} bytes of pixel data are missing in {file.name}")
+    return header, None
 
 
 def _missing_bytes(stream: BinaryIO, header: FileDataset) -> int:
@@ -295,22 +328,43 @@ def _read_voxels(volume: Sequence[Frame]) -> np.ndarray:
 
 def _decode(volume: Sequence[Frame]) -> Iterator[np.ndarray]:
     """Yields the intensities [rows, columns] of slice after slice; refuses a file that cannot be decoded."""
-    for file, group in groupby(volume, key=lambda frame: frame.file):
+    for _, group in groupby(volume, key=lambda frame: frame.file):
+        frames = list(group)
+        spares = [frame.spare for frame in frames if frame.spare]
+        if not spares:
+            yield from _decode_file(frames)
+            continue
         try:
-            file.stat()
-            yield from _decode_file(file, list(group))
-        except OSError as error:
-            raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from error
-        except MemoryError:  # not the file's fault
-            raise
-        except Exception as error:  # decoders raise whatever they meet in broken data
-            raise Refused(f"truncated or corrupt pixel data in {file.name} ({type(error).__name__})") from None
+            pixels = [slice_.copy() for slice_ in _decode_file(frames)]  # views, of what goes with the decoder
+        except Refused:
+            yield from _decode(spares)
+        else:
+            yield from pixels
 
 
-def _decode_file(file: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
+def _decode_file(frames: list[Frame]) -> Iterator[np.ndarray]:
+    """Yields the intensities [rows, columns] of some frames of one file; refuses what cannot be decoded."""
+    file = frames[0].file
+    if frames[0].lookup_table:
+        raise Refused("a lookup table instead of a rescale (Modality LUT): write the intensities themselves")
+    if frames[0].monochrome1 and not _pydicom_decodes(frames[0]):
+        raise Refused("compressed MONOCHROME1 image, which the decoder would invert: write it uncompressed")
+    try:
+        file.stat()
+        yield from _intensities(file, frames)
+    except OSError as error:
+        raise Refused(f"{file.name} cannot be read: {error.strerror or type(error).__name__}") from error
+    except MemoryError:  # not the file's fault
+        raise
+    except Exception as error:  # decoders raise whatever they meet in broken data
+        raise Refused(f"truncated or corrupt pixel data in {file.name} ({type(error).__name__})") from None
+
+
+def _intensities(file: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
     """Yields the intensities [rows, columns] of some frames of one file, by the decoder that can be trusted with it."""
-    multi_frame = frames[0].index is not None
-    if not _pydicom_decodes(frames[0]) or not (multi_frame or frames[0].transfer_syntax == RLELossless):
+    first = frames[0]
+    by_pydicom = first.index is not None or first.monochrome1 or first.transfer_syntax == RLELossless
+    if not (by_pydicom and _pydicom_decodes(first)):
         try:
             require_utf8(file)
             image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")

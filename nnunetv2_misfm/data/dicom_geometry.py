@@ -6,14 +6,14 @@ Module (DICOM PS3.3, C.7.6.2.1.1) defines them; only `affine_of` turns them to R
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
 
-from nnunetv2_misfm.data.volume import Refused
+from nnunetv2_misfm.data.volume import SAME_PLACE_MM, Header, Refused, orientation_of
 
 # How far a slice may be off its place on the even grid, in steps between slices. Scanners print positions with few
 # digits and tables stop inexactly; a tenth of a step is below what linear interpolation along the axis would show
@@ -31,7 +31,7 @@ FRAME_TAGS = [
     *("SOPInstanceUID", "Modality", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
     *("BitsAllocated", "PixelRepresentation", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient"),
     *("PixelSpacing", "RescaleSlope", "RescaleIntercept", "TemporalPositionIndex", "TemporalPositionIdentifier"),
-    *("EchoNumbers", "DiffusionBValue", "AcquisitionNumber", "InstanceNumber"),
+    *("EchoNumbers", "DiffusionBValue", "AcquisitionNumber", "InstanceNumber", "ModalityLUTSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
 # The functional groups that hold the same of a frame in a multi-frame file (PS3.3, C.7.6.16.2 and C.8.13.5)
@@ -65,6 +65,9 @@ class Frame:
         dtype: of the stored values, in NumPy's words.
         modality: DICOM's, e.g. "CT".
         transfer_syntax: UID of the encoding of the pixels; empty where the file has no meta header.
+        monochrome1: the slice is meant to be shown with its lowest values white; they are stored like any others.
+        lookup_table: intensities come from a table (Modality LUT), not from the rescale.
+        spare: a copy of the slice in another file, to be read where this one turns out to be broken.
     """
 
     file: Path
@@ -82,6 +85,9 @@ class Frame:
     dtype: str = ""
     modality: str | None = None
     transfer_syntax: str = ""
+    monochrome1: bool = False
+    lookup_table: bool = False
+    spare: "Frame | None" = None
 
     def __post_init__(self) -> None:
         """Raises Refused where the numbers describe no plane in space."""
@@ -98,6 +104,12 @@ class Frame:
         """Unit vector float64 [3] perpendicular to the slice, right-handed with row and column axis."""
         normal = np.cross(self.row_axis, self.column_axis)
         return normal / np.linalg.norm(normal)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two copies of one slice have in common, beside their UID, which careless anonymisers make all alike."""
+        place = tuple(round(x / SAME_PLACE_MM) for x in self.position)
+        return self.shape, place, self.temporal, self.echo, self.order, self.stack
 
     def shares_grid(self, other: "Frame") -> bool:
         """Tells whether two slices have one size, pixel spacing and orientation and one name of their stack."""
@@ -170,6 +182,8 @@ def _frame_of(
         dtype=f"{kind}{header.BitsAllocated}",
         modality=modality,
         transfer_syntax=transfer_syntax,
+        monochrome1=str(header.get("PhotometricInterpretation") or "").upper().startswith("MONOCHROME1"),
+        lookup_table=bool(header.get("ModalityLUTSequence")),
     )
 
 
@@ -182,6 +196,17 @@ def _numbers(values: Dataset, name: str, count: int | None = None) -> tuple[floa
     if numbers and count not in (None, len(numbers)):
         raise ValueError(name)
     return numbers
+
+
+def whole_copy(copies: Sequence[tuple[list[Frame], Refused | None]]) -> list[Frame]:
+    """Returns the slices of the first file without a flaw, with those of the others to spare; raises the first flaw."""
+    whole = [frames for frames, flaw in copies if flaw is None]
+    if not whole and copies[0][1]:
+        raise copies[0][1]
+    chosen = whole.pop()
+    while whole:
+        chosen = [replace(frame, spare=spare) for frame, spare in zip(whole.pop(), chosen, strict=True)]
+    return chosen
 
 
 def split_stacks(frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -264,6 +289,18 @@ def affine_of(volume: Sequence[Frame]) -> np.ndarray:
     affine[:3, 3] = first.position
     affine[:2] *= -1  # left and back become right and front
     return affine + 0.0  # no negative zeros
+
+
+def header_of(frames: Sequence[Frame]) -> Header:
+    """Returns what the report says of the sorted slices of one volume."""
+    affine, first = affine_of(frames), frames[0]
+    return Header(
+        shape=(*first.shape, len(frames)),
+        spacing_mm=tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0)),
+        orientation=orientation_of(affine),
+        dtype=first.dtype,
+        modality=first.modality,
+    )
 
 
 def _offsets(frames: Sequence[Frame]) -> np.ndarray:

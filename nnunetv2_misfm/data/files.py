@@ -19,13 +19,15 @@ import numpy as np
 import SimpleITK as sitk
 from isal import igzip
 from isal.isal_zlib import IsalError
+from nibabel.affines import voxel_sizes
+from nibabel.spatialimages import HeaderDataError
 
-from nnunetv2_misfm.data.volume import Header, Refused, Volume, orientation_of
+from nnunetv2_misfm.data.volume import Header, Refused, Volume, corner_distance_mm, orientation_of, spans_space
 
 NIBABEL_ENDINGS = (".nii", ".nii.gz", ".hdr", ".mgz", ".mgh")
 ITK_ENDINGS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 ENDINGS = (*NIBABEL_ENDINGS, *ITK_ENDINGS)
-# Files that hold the voxels of a header beside them, of the same stem
+# Files that hold the voxels of a header beside them, of the same stem, where the header names no other
 COMPANIONS = {
     ".hdr": (".img", ".img.gz"),
     ".mhd": (".raw", ".zraw"),
@@ -50,6 +52,8 @@ _PACKED = {
     ),
     "NrrdImageIO": (rb"\n\r?\n", rb"(?i)^encoding: *gz(ip)?\s*$", rb"(?i)^data ?file: *(.*\S)"),
 }
+_GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, 2.3.1
+_FORMS_DIFFER_MM = 1.0  # between qform and sform, from where on it is noted: a voxel of usual scans. Ours
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
@@ -60,10 +64,21 @@ def ending_of(path: Path) -> str:
 
 
 def companions(path: Path) -> list[Path]:
-    """Returns the files that hold the voxels of a header file, by name, those that exist."""
+    """Returns the files that hold the voxels of a header file (`COMPANIONS`), those that exist.
+
+    The file that a MetaImage or NRRD header names; where it names none that exists, or a list or pattern of files,
+    those of the same stem. Data files of .mha and .nrrd, which hold their own voxels as a rule, are not looked for.
+    """
     ending = ending_of(path)
     if ending not in COMPANIONS:
         return []
+    if ending in ITK_ENDINGS:
+        try:
+            named = _named_data(path, _text_header(path))
+        except OSError:  # reading it will give the reason
+            named = None
+        if named is not None:
+            return [named]
     stem = path.name[: -len(ending)]
     names = [name for data in COMPANIONS[ending] for name in (stem + data, stem + data.upper())]
     return [file for name in names if (file := path.with_name(name)).is_file()]
@@ -97,7 +112,7 @@ def read_file(path: Path, *, split_time_series: bool = False) -> Iterator[Volume
     except (Refused, MemoryError):
         raise
     except _DAMAGED as error:
-        raise Refused(_damaged(error)) from error
+        raise Refused(_damaged(error, path)) from error
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror or _in_one_line(error)}") from error
     except Exception as error:  # the readers raise whatever they like at a damaged file
@@ -126,7 +141,7 @@ def _read_nibabel(path: Path, split_time_series: bool) -> Iterator[Volume]:
         _check_size(image)
         stored, slope, intercept = _stored(image, path)
     except _AT_THE_VOXELS as error:
-        raise Refused(_damaged(error), _nibabel_header(image)) from error
+        raise Refused(_damaged(error, path), _nibabel_header(image)) from error
     if (slope, intercept) != (1.0, 0.0):
         stored = stored.astype(np.float32)
         stored *= np.float32(slope)
@@ -172,11 +187,14 @@ def _refuse_by_header(image: Any, split_time_series: bool) -> None:
 
 
 def _nibabel_header(image: Any) -> Header:
-    dtype = image.get_data_dtype()
+    dtype, affine = image.get_data_dtype(), _nibabel_affine(image)
+    with np.errstate(all="ignore"):  # an odd affine is refused later
+        volume = len(image.shape) >= 3
+        sizes = voxel_sizes(affine) if volume else np.multiply(image.header.get_zooms(), _units(image)[1])
     return Header(
         shape=tuple(int(size) for size in image.shape),
-        spacing_mm=tuple(float(size) * _units(image)[1] for size in image.header.get_zooms()[:3]),
-        orientation=orientation_of(image.affine),
+        spacing_mm=tuple(float(size) for size in sizes),
+        orientation=orientation_of(affine),
         dtype="".join(dtype.names) if dtype.names else dtype.newbyteorder("=").name,
     )
 
@@ -188,12 +206,34 @@ def _units(image: Any) -> tuple[str, float]:
 
 
 def _nibabel_affine(image: Any) -> np.ndarray:
-    return np.diag([*[_units(image)[1]] * 3, 1.0]) @ image.affine
+    """Returns voxel index -> mm: as nibabel by the sform, but by the qform where the sform spans no space."""
+    qform = _qform_beside_sform(image)
+    affine = np.array(image.affine if qform is None or spans_space(image.affine) else qform)
+    affine[:3] *= _units(image)[1]
+    return affine
+
+
+def _qform_beside_sform(image: Any) -> np.ndarray | None:
+    """Returns the qform [4, 4], in the file's unit, of a NIfTI that has a sform too; None where it spans no space."""
+    if not isinstance(image, nibabel.Nifti1Pair) or image.header["sform_code"] == 0:
+        return None
+    try:
+        qform = image.header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError):  # a quaternion longer than 1, say
+        return None
+    return qform if qform is not None and spans_space(qform) else None
 
 
 def _notes(image: Any) -> tuple[str, ...]:
     header, (unit, size_mm) = image.header, _units(image)
     notes = [f"lengths in {unit}, brought to mm"] if size_mm != 1 else []
+    qform = _qform_beside_sform(image)
+    if qform is not None and not spans_space(image.affine):
+        notes.append("the sform gives no usable size or direction; the qform was taken")
+    elif qform is not None:
+        apart = size_mm * corner_distance_mm(qform, image.affine, (*image.shape, 1, 1, 1)[:3])
+        if apart > _FORMS_DIFFER_MM:
+            notes.append(f"qform and sform differ by up to {apart:.1f} mm; the sform was taken")
     if isinstance(image, nibabel.Nifti1Pair) and header["qform_code"] == 0 and header["sform_code"] == 0:
         notes.append(f"the header states no orientation, taken as {orientation_of(image.affine)}")
     return tuple(notes)
@@ -222,7 +262,7 @@ def _read_itk(path: Path, split_time_series: bool) -> Iterator[Volume]:
         _check_stream(path)
         voxels = sitk.GetArrayFromImage(reader.Execute()).T  # a view would outlive its image
     except _AT_THE_VOXELS as error:
-        raise Refused(_damaged(error), header) from error
+        raise Refused(_damaged(error, path), header) from error
     yield from _volumes(voxels.reshape(shape, order="F"), itk_affine(reader), header)
 
 
@@ -251,25 +291,39 @@ def itk_affine(reader: sitk.ImageFileReader) -> np.ndarray:
 
 def _check_stream(path: Path) -> None:
     """Unpacks compressed data to their end: ITK itself goes on with zeros or noise where that fails."""
-    ends, packed, names_data = _PACKED[ITK_ENDINGS[ending_of(path)]]
-    with open(path, "rb") as file:
-        start = file.read(_CHUNK)
-        end = re.search(ends, start, re.MULTILINE)
-        header = start[: end.end()] if end else start
-        if not re.search(packed, header, re.MULTILINE):
-            return
-        name = re.search(names_data, header, re.MULTILINE)
-        if name is None or name[1].upper() == b"LOCAL":
+    header = _text_header(path)
+    _, packed, names_data = _PACKED[ITK_ENDINGS[ending_of(path)]]
+    if not re.search(packed, header, re.MULTILINE):
+        return
+    name = re.search(names_data, header, re.MULTILINE)
+    if name is None or name[1].upper() == b"LOCAL":
+        with open(path, "rb") as file:
             file.seek(len(header))
             _unpack(file)
-            return
-    data = path.parent / os.fsdecode(name[1])
-    if data.is_file():  # else it is missing, or a list or pattern of files, which ITK knows
+    elif (data := _named_data(path, header)) is not None:  # else missing, or several, which ITK knows
         with open(data, "rb") as file:
             _unpack(file)
 
 
+def _text_header(path: Path) -> bytes:
+    """Returns the text at the start of a NRRD or MetaImage, up to where its voxels may begin."""
+    with open(path, "rb") as file:
+        start = file.read(_CHUNK)
+    end = re.search(_PACKED[ITK_ENDINGS[ending_of(path)]][0], start, re.MULTILINE)
+    return start[: end.end()] if end else start
+
+
+def _named_data(path: Path, header: bytes) -> Path | None:
+    """Returns the one other file that a header names as that of its voxels, if it exists."""
+    name = re.search(_PACKED[ITK_ENDINGS[ending_of(path)]][2], header, re.MULTILINE)
+    if name is None or name[1].upper() in (b"LOCAL", b"LIST"):
+        return None
+    data = path.parent / os.fsdecode(name[1])
+    return data if data != path and os.path.isfile(data) else None
+
+
 def _unpack(file: BinaryIO) -> None:
+    """Unpacks one stream and leaves the file at its end."""
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: zlib or gzip, by its first bytes
     while not stream.eof and (chunk := file.read(_CHUNK)):
         while chunk and not stream.eof:
@@ -277,6 +331,22 @@ def _unpack(file: BinaryIO) -> None:
             chunk = stream.unconsumed_tail
     if not stream.eof:
         raise EOFError("the stream ends early")
+    file.seek(-len(stream.unused_data), os.SEEK_CUR)
+
+
+def _goes_on_after_its_end(path: Path) -> bool:
+    """Tells whether whole gzip streams are followed by what is neither another stream nor padding with zeros."""
+    try:
+        with open(path, "rb") as file:
+            rest = _GZIP_MAGIC
+            while rest.startswith(_GZIP_MAGIC):
+                _unpack(file)
+                while (rest := file.read(_CHUNK)) and not (rest := rest.lstrip(b"\0")):
+                    pass
+                file.seek(-len(rest), os.SEEK_CUR)
+    except (EOFError, zlib.error, OSError):
+        return False
+    return bool(rest)
 
 
 def _volumes(voxels: np.ndarray, affine: np.ndarray, header: Header, notes: tuple[str, ...] = ()) -> Iterator[Volume]:
@@ -302,7 +372,9 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(size) for size in shape)
 
 
-def _damaged(error: Exception) -> str:
+def _damaged(error: Exception, path: Path) -> str:
+    if path.suffix.lower() in (".gz", ".mgz") and _goes_on_after_its_end(path):
+        return "its gzip stream is whole, but other bytes follow: unpack it with gzip -d, which leaves them out"
     return f"damaged: the file is cut off or corrupt ({_in_one_line(error)})"
 
 

@@ -22,7 +22,6 @@ from nnunetv2_misfm.data.outcome import Outcome, Settings
 from nnunetv2_misfm.data.records import CannotWrite, State, fingerprint
 from nnunetv2_misfm.data.sources import Source
 from nnunetv2_misfm.data.volume import (
-    SAME_PLACE_MM,
     Header,
     Refused,
     Volume,
@@ -30,6 +29,7 @@ from nnunetv2_misfm.data.volume import (
     is_canonical,
     is_sheared,
     resample_sheared,
+    same_place,
 )
 
 FILE_ENDING = ".nii.gz"
@@ -100,9 +100,10 @@ def _take(volume: Volume, basic: Outcome, dataset: Path, state: State, settings:
     notes = list(volume.notes)
     if settings.modality == "CT" and lacks_offset(volume.voxels, seen):
         notes.append("looks as if counted from 0 instead of in HU; left as it is")
-    straight = resample_sheared(volume) if is_sheared(volume.affine) else volume
+    straight = resample_sheared(volume, seen.lowest) if is_sheared(volume.affine) else volume
     resampled = straight is not volume
     if resampled:
+        check_geometry(straight, settings.min_size)
         notes = [*notes, straight.notes[-1]]
         seen = survey(straight.voxels)
     turned = canonical(straight)
@@ -132,6 +133,7 @@ def _take(volume: Volume, basic: Outcome, dataset: Path, state: State, settings:
         intensity_range=f"{seen.lowest:g}..{seen.highest:g}",
         body_share=f"{mask.mean():.4f}",
         content=content,
+        size=list(voxels.shape),
         affine=[float(number) for number in turned.affine.ravel()],
         image=image,
     )
@@ -173,7 +175,7 @@ def _needs_no_copy(path: Path, volume: Volume) -> bool:
     except (RuntimeError, UnicodeError):  # NIfTI-2, say
         return False
     same_grid = reader.GetSize() == volume.voxels.shape
-    return same_grid and bool(np.allclose(itk_affine(reader), volume.affine, rtol=0, atol=SAME_PLACE_MM))
+    return same_grid and same_place(itk_affine(reader), volume.affine, volume.voxels.shape)
 
 
 def _content(voxels: np.ndarray) -> str:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
+from nnunetv2_misfm.data.dicom import modality_of, read_series
 from nnunetv2_misfm.data.files import read_file
-from nnunetv2_misfm.data.judge import Intensities, survey
+from nnunetv2_misfm.data.judge import SAMPLE, Intensities, check_geometry, check_intensities, survey
+from nnunetv2_misfm.data.outcome import Settings
 from nnunetv2_misfm.data.records import State, fingerprint
 from nnunetv2_misfm.data.sources import Source
-from nnunetv2_misfm.data.volume import Refused
+from nnunetv2_misfm.data.volume import Refused, Volume
 
 MODALITIES = ("CT", "MR")
 # In HU: air is -1000, fat -150 to -50 (Buzug, Computed Tomography, Springer 2008, p. 475), so a lung or a rim of air
@@ -24,29 +25,44 @@ _CT_SHARE = 0.9
 _SOFT_TISSUE_COUNTS = (900.0, 1200.0)
 _ABOVE_AIR_COUNTS = 300.0
 _SOFT_TISSUE_SHARE = 0.5
-_SAMPLE = 1 << 19  # voxels looked at
 
 
-def probe_modality(source: Source, state: State) -> str | None:
-    """Returns "CT", "MR", another DICOM modality, or None where the source cannot be read; remembers the answer."""
+def probe_modality(source: Source, state: State, settings: Settings) -> str | None:
+    """Returns "CT", "MR" or another DICOM modality, None for what the import refuses; remembers the answer.
+
+    The header of a DICOM series counts, unread its slices; where it does not tell, and of other files, the intensities
+    of the first volume.
+
+    Args:
+        source: what to look at.
+        state: where answers are remembered, as long as neither files nor settings change.
+        settings: by which the volume is judged, its modality aside.
+    """
     files = source.files(state.scanned)
-    made_from = fingerprint(files)
+    made_from = fingerprint(files, repr(settings))
     known = state.probed.get(source.key, made_from)
     if known is not None:
         return known["modality"]
     modality = None
     try:
-        if source.series:
-            modality = modality_of_series(files)
-        else:
-            for volume in read_file(files[0], split_time_series=True):
-                seen = survey(volume.voxels)
-                modality = modality_by_intensity(volume.voxels, seen) if seen.lowest < seen.highest else None
-                break
+        modality = modality_of(files) if source.series else None
+        volume = None if modality else _first_volume(source, files, settings)
+        if volume is not None:
+            check_geometry(volume, settings.min_size, allow_shear=settings.resample_sheared)
+            seen = survey(volume.voxels)
+            check_intensities(volume, seen)
+            modality = modality_by_intensity(volume.voxels, seen)
     except Refused:
         pass
     state.probed.put(source.key, made_from, {"modality": modality})
     return modality
+
+
+def _first_volume(source: Source, files: list[Path], settings: Settings) -> Volume | None:
+    if source.series:
+        read = read_series(files, split_time_series=settings.split_time_series)
+        return next((volume for volume in read if isinstance(volume, Volume)), None)
+    return next(read_file(files[0], split_time_series=settings.split_time_series), None)
 
 
 def modality_by_intensity(voxels: np.ndarray, seen: Intensities) -> str:
@@ -72,21 +88,9 @@ def lacks_offset(voxels: np.ndarray, seen: Intensities) -> bool:
 
 
 def _sample(voxels: np.ndarray) -> np.ndarray:
-    step = max(1, round((voxels.size / _SAMPLE) ** (1 / 3)))
+    step = max(1, round((voxels.size / SAMPLE) ** (1 / 3)))
     return voxels[::step, ::step, ::step]
 
 
 def _share(values: np.ndarray, bounds: tuple[float, float]) -> float:
     return float(((values >= bounds[0]) & (values <= bounds[1])).mean()) if values.size else 0.0
-
-
-def modality_of_series(files: list[Path]) -> str | None:
-    """Returns the DICOM term of a series, "CT", "MR", "PT" ..., by the header of its first readable file."""
-    for file in files:
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Modality"], force=True)
-        except Exception:  # pydicom raises whatever it likes at a damaged file
-            continue
-        if "Modality" in header:
-            return str(header.Modality)
-    return None

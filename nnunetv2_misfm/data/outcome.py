@@ -47,6 +47,7 @@ class Outcome:
         body_share: share of the voxels in the body mask.
         sha256: of the file's bytes; of several files, of their sorted sums.
         content: sha256 of the written voxels, their type and shape; empty where nothing was written.
+        size: voxels along i, j and k as written.
         affine: geometry written, 16 numbers, row by row, mm in RAS+.
         image: file of the image, relative to the dataset's folder, absolute for a link.
     """
@@ -67,5 +68,6 @@ class Outcome:
     body_share: str = ""
     sha256: str = ""
     content: str = ""
+    size: list[int] = field(default_factory=list)
     affine: list[float] = field(default_factory=list)
     image: str = ""

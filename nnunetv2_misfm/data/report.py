@@ -12,7 +12,7 @@ import numpy as np
 
 from nnunetv2_misfm.data.outcome import Outcome
 from nnunetv2_misfm.data.records import CannotWrite
-from nnunetv2_misfm.data.volume import SAME_PLACE_MM
+from nnunetv2_misfm.data.volume import same_place
 
 REPORT = "import_report.csv"
 TAKEN = ("accepted", "repaired", "split")
@@ -44,7 +44,7 @@ def by_path_and_part(outcome: Outcome) -> tuple[str, list[int], str]:
 def settle_duplicates(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Returns the outcomes sorted by path and part; of scans with equal voxels in the same place the first counts.
 
-    The others become `duplicate` and name it. Places are equal within `SAME_PLACE_MM`.
+    The others become `duplicate` and name it. Places are compared by `same_place`.
     """
     settled = []
     originals: dict[str, list[Outcome]] = defaultdict(list)
@@ -101,4 +101,5 @@ def _kind(outcome: Outcome) -> str:
 
 
 def _same_place(one: Outcome, other: Outcome) -> bool:
-    return bool(np.allclose(one.affine, other.affine, rtol=0, atol=SAME_PLACE_MM))
+    affine, another = (np.reshape(outcome.affine, (4, 4)) for outcome in (one, other))
+    return same_place(affine, another, tuple(one.size))  # equal content has equal size

@@ -24,7 +24,7 @@ from pydicom.uid import (
     RTStructureSetStorage,
 )
 
-from nnunetv2_misfm.data.dicom import group_series
+from nnunetv2_misfm.data.dicom import group_series, modality_of
 from nnunetv2_misfm.data.volume import Refused, Volume, is_sheared
 
 
@@ -57,9 +57,39 @@ def test_several_series_in_one_folder_and_one_over_two_folders_are_told_apart(tm
     first += write_series(tmp_path / "b", (4, 6), SeriesInstanceUID="1.1")
     second = [write_slice(tmp_path / "a" / f"second{z}", (0, 0, z), SeriesInstanceUID="1.2") for z in range(3)]
     series, others = group_series([*first, *second[::-1]])
-    assert series == {"1.1": sorted(first), "1.2": sorted(second)}
+    assert list(series.values()) == [sorted(first), sorted(second)]
     assert others == {}
-    assert_ramp(only_volume(series["1.1"]))
+    assert_ramp(only_volume(sorted(first)))
+
+
+@pytest.mark.parametrize("name", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])
+def test_a_series_uid_that_patients_or_studies_share_is_a_series_of_each(name: str, tmp_path: Path):
+    first = write_series(tmp_path / "a", (0, 2), **{name: "1.7"})
+    second = write_series(tmp_path / "b", (4, 6), **{name: "1.8"})
+    silent = write_series(tmp_path / "c", (8, 10), **{name: None})
+    series, _ = group_series(first + second + silent)
+    assert list(series.values()) == [sorted(first), sorted(second), sorted(silent)]
+
+
+def test_what_a_header_lacks_counts_as_empty(tmp_path: Path):
+    files = write_series(tmp_path, (0, 2), PatientID=None, StudyInstanceUID="")
+    header = pydicom.dcmread(files[0])
+    del header.PatientID, header.StudyInstanceUID
+    header.save_as(files[0])
+    series, _ = group_series(files)
+    assert list(series.values()) == [sorted(files)]
+
+
+@pytest.mark.filterwarnings("ignore:Expected implicit VR")  # of the file cut in its header
+def test_the_modality_is_that_of_the_first_file_that_names_one(tmp_path: Path):
+    (tmp_path / "text").write_text("no DICOM file")
+    (tmp_path / "cut").write_bytes(write_slice(tmp_path / "whole", (0, 0, 0), Modality="MR").read_bytes()[:140])
+    silent = write_slice(tmp_path / "silent", (0, 0, 0), Modality="")
+    free_text = write_slice(tmp_path / "free", (0, 0, 0), Modality="Jane Doe")
+    none = [tmp_path / "gone", tmp_path / "text", tmp_path / "cut", silent, free_text]
+    told = [write_slice(tmp_path / term, (0, 0, 0), Modality=term) for term in ("PT", "CT")]
+    assert modality_of([*none, *told]) == "PT"
+    assert modality_of(none) is None
 
 
 def test_every_file_that_is_no_image_has_its_reason(tmp_path: Path):
@@ -77,7 +107,7 @@ def test_every_file_that_is_no_image_has_its_reason(tmp_path: Path):
         header.save_as(tmp_path / name, enforce_file_format=True)
     files = [*tmp_path.iterdir(), tmp_path / "vanished"]
     series, others = group_series(files)
-    assert series == {"1.2.3": [image]}
+    assert list(series.values()) == [[image]]
     assert set(others) == set(files) - {image}
     reasons = {file.name: reason for file, reason in others.items()}
     assert reasons["structures"] == "DICOM, but no image: RTSTRUCT"
@@ -131,6 +161,67 @@ def test_copies_of_a_slice_are_left_out_and_noted(tmp_path: Path):
     assert volume.voxels.shape[2] == 4
 
 
+def test_copies_left_out_are_told_beside_a_refusal(tmp_path: Path):
+    files = write_series(tmp_path, (0, 2, 6))
+    files.append(Path(shutil.copy(files[0], tmp_path / "copy")))
+    reason = "1 slice is missing (1 after slice 2 of 3, counted along the slice normal); 1 copy of a slice left out"
+    assert only_refusal(files) == reason
+
+
+def test_slices_that_all_have_one_uid_are_no_copies(tmp_path: Path):
+    volume = only_volume(write_series(tmp_path, SOPInstanceUID="1.2.3.4"))
+    assert volume.notes == () and volume.voxels.shape[2] == 4
+    assert_ramp(volume)
+
+
+def test_time_points_that_all_have_one_uid_are_no_copies(tmp_path: Path):
+    volumes = read(time_series(tmp_path, SOPInstanceUID="1.2.3.4"), split_time_series=True)
+    assert [volume.voxels[0, 0, 0] for volume in volumes if isinstance(volume, Volume)] == [10, 20, 30]
+    assert [volume.notes for volume in volumes if isinstance(volume, Volume)] == [()] * 3
+
+
+def test_slices_of_one_uid_and_one_place_are_copies_however_their_numbers_are_printed(tmp_path: Path):
+    files = write_series(tmp_path, (0, 2, 4))
+    header = pydicom.dcmread(files[0])
+    header.ImagePositionPatient = ["-10.0000", "-20.00", "4.0001"]
+    header.save_as(tmp_path / "copy")
+    assert only_volume([*files, tmp_path / "copy"]).notes == ("1 copy of a slice left out",)
+
+
+@pytest.mark.parametrize("copy", ["0 before", "Z behind"])
+def test_a_copy_that_is_whole_is_read_instead_of_one_that_is_cut(copy: str, tmp_path: Path):
+    files = write_series(tmp_path / "K")
+    (tmp_path / copy).mkdir()
+    cut = tmp_path / copy / files[1].name
+    cut.write_bytes(files[1].read_bytes()[:-10])
+    volume = only_volume([*files, cut])
+    assert volume.notes == ("1 copy of a slice left out",)
+    assert_ramp(volume)
+
+
+def test_a_cut_slice_is_not_left_out_for_one_of_its_uid_elsewhere(tmp_path: Path):
+    files = write_series(tmp_path, SOPInstanceUID="1.2.3.4")
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    assert only_refusal(files) == f"truncated: 10 bytes of pixel data are missing in {files[0].name}"
+
+
+def test_a_slice_without_a_whole_copy_is_refused(tmp_path: Path):
+    files = write_series(tmp_path)
+    for name, missing in (("Z", 4), ("Y", 10)):
+        (tmp_path / name).write_bytes(files[0].read_bytes()[:-missing])
+    files[0].unlink()
+    reason = only_refusal([*files[1:], tmp_path / "Z", tmp_path / "Y"])
+    assert reason == "truncated: 10 bytes of pixel data are missing in Y; 1 copy of a slice left out"
+
+
+def test_an_image_without_a_place_may_be_cut_or_doubled(tmp_path: Path):
+    page = write_slice(tmp_path / "0", (0, 0, 0), ImagePositionPatient=None)
+    (tmp_path / "1").write_bytes(page.read_bytes()[:-10])
+    scan, other = read([page, tmp_path / "1", *write_series(tmp_path / "a")])
+    assert isinstance(scan, Volume) and isinstance(other, Refused)
+    assert scan.notes == () and other.reason.startswith("no place in space") and "left out" not in other.reason
+
+
 def test_a_scout_beside_the_scan_is_a_stack_of_its_own(tmp_path: Path):
     files = write_series(tmp_path) + [write_slice(tmp_path / "scout", (0, 0, 0), (0, 1, 0, 0, 0, -1))]
     scan, scout = read(files)
@@ -154,7 +245,7 @@ def test_a_colour_image_in_a_series_leaves_the_scan_alone(tmp_path: Path):
     assert (colour.reason, colour.part) == ("colour (RGB) image", "stack 2 of 2")
 
 
-def time_series(folder: Path, name: str = "TemporalPositionIdentifier") -> list[Path]:
+def time_series(folder: Path, name: str = "TemporalPositionIdentifier", **tags: str) -> list[Path]:
     """Three volumes of values 10, 20, 30; instance numbers go the other way."""
     return [
         write_slice(
@@ -162,7 +253,7 @@ def time_series(folder: Path, name: str = "TemporalPositionIdentifier") -> list[
             (0, 0, 2 * k),
             values=np.full((ROWS, COLUMNS), 10 * t + k, np.uint16),
             InstanceNumber=100 - 10 * t,
-            **{name: t},
+            **{name: t, **tags},
         )
         for t in (1, 2, 3)
         for k in range(SLICES)

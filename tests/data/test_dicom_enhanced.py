@@ -97,6 +97,28 @@ def test_the_shared_rescale_of_an_enhanced_image_is_applied(
     assert voxels.dtype.kind == kind and voxels[0, 0].tolist() == [expected, expected]
 
 
+def test_an_enhanced_image_of_monochrome1_is_not_inverted(tmp_path: Path):
+    header = enhanced([0, 2], np.stack([np.full((ROWS, COLUMNS), n, np.uint16) for n in (7, 3000)]))
+    header.PhotometricInterpretation = "MONOCHROME1"
+    header.save_as(tmp_path / "mf", enforce_file_format=True)
+    assert only_volume([tmp_path / "mf"]).voxels[0, 0].tolist() == [7, 3000]
+
+
+def test_an_enhanced_image_with_a_broken_frame_is_read_from_its_copy(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 4000, (3, ROWS, COLUMNS)).astype(np.uint16)
+    enhanced([4, 0, 2], frames).save_as(tmp_path / "whole", enforce_file_format=True)
+    compress_rle(tmp_path / "whole")
+    header = pydicom.dcmread(tmp_path / "whole")
+    coded = [get_frame(header.PixelData, n, number_of_frames=3) for n in range(3)]
+    header.PixelData = encapsulate([coded[0], coded[1], coded[2][:-20]])
+    header.save_as(tmp_path / "broken")
+    assert only_refusal([tmp_path / "broken"]).startswith("truncated or corrupt pixel data in broken")
+    volume = only_volume([tmp_path / "broken", tmp_path / "whole"])
+    assert volume.notes == ("1 copy of a slice left out",)
+    np.testing.assert_array_equal(volume.voxels, frames[[1, 2, 0]].T)
+
+
 def test_the_time_points_of_an_enhanced_image_are_taken_apart(tmp_path: Path):
     frames = np.stack([np.full((ROWS, COLUMNS), n, np.uint16) for n in range(6)])
     header = enhanced([0, 0, 2, 2, 4, 4], frames, TemporalPositionIndex=[2, 1, 2, 1, 2, 1])

@@ -14,6 +14,7 @@ from dicom_files import (
     constant_slice,
     only_refusal,
     only_volume,
+    read,
     write_series,
     write_slice,
 )
@@ -66,6 +67,35 @@ def test_slices_of_other_ranges_share_a_type_that_holds_both(tmp_path: Path):
 
 def test_a_slope_of_zero_is_refused(tmp_path: Path):
     assert "RescaleSlope is 0" in only_refusal(write_series(tmp_path, RescaleSlope="0", RescaleIntercept="0"))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(("rescale", "expected"), [({}, [7, 3000]), (("1", "-1024"), [-1017, 1976])])
+def test_monochrome1_is_not_inverted(compress: bool, rescale: tuple[str, str], expected: list[int], tmp_path: Path):
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    if rescale:
+        tags["RescaleSlope"], tags["RescaleIntercept"] = rescale
+    files = [constant_slice(tmp_path / f"{z}", z, value, **tags) for z, value in ((0, 7), (1, 3000))]
+    for file in files if compress else []:
+        compress_rle(file)
+    assert only_volume(files).voxels[0, 0].tolist() == expected
+
+
+def test_compressed_monochrome1_is_refused_and_the_scan_beside_it_is_read(tmp_path: Path):
+    files = compressed_series(tmp_path / "a", "MR_small_jp2klossless.dcm", PhotometricInterpretation="MONOCHROME1")
+    scan, other = read(write_series(tmp_path / "b") + files)
+    assert isinstance(scan, Refused) and isinstance(other, Volume)
+    assert scan.reason == "compressed MONOCHROME1 image, which the decoder would invert: write it uncompressed"
+    assert_ramp(other)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_lookup_table_instead_of_a_rescale_is_refused(photometric: str, tmp_path: Path):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [256, 0, 16], "HU"
+    table.LUTData = np.arange(1000, 1256, dtype=np.uint16).tobytes()
+    files = write_series(tmp_path, PhotometricInterpretation=photometric, ModalityLUTSequence=[table])
+    assert only_refusal(files).startswith("a lookup table instead of a rescale (Modality LUT)")
 
 
 @pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
@@ -139,8 +169,9 @@ def test_rle_is_read(tmp_path: Path):
     assert_ramp(only_volume(files))
 
 
-def compressed_series(folder: Path, name: str, cut: int = 0) -> list[Path]:
+def compressed_series(folder: Path, name: str, cut: int = 0, **tags: str) -> list[Path]:
     header = pydicom.dcmread(get_testdata_file(name, download=False))
+    header.update(tags)
     folder.mkdir(exist_ok=True)
     files = []
     for k in range(3):
@@ -169,6 +200,26 @@ def test_compressed_slices_are_read_and_refused_where_cut(name: str, tmp_path: P
     assert only_refusal(compressed_series(tmp_path, name, cut=100)).startswith("truncated or corrupt pixel data in 1")
 
 
+def test_a_compressed_slice_that_is_cut_is_read_from_its_copy(tmp_path: Path):
+    expected = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array
+    files = compressed_series(tmp_path / "K", "MR_small_jp2klossless.dcm")
+    files.append(write_copy(files[1], tmp_path / "Z", files[1].read_bytes()))
+    first = write_copy(files[1], tmp_path / "A", files[1].read_bytes()[:-100])
+    volume = only_volume([first, *files])
+    assert volume.notes == ("2 copies of slices left out",)
+    np.testing.assert_array_equal(volume.voxels, np.stack([expected.T] * 3, axis=2))
+    for copy in files[1], files[-1]:
+        copy.write_bytes(copy.read_bytes()[:-100])
+    reason = "truncated or corrupt pixel data in 1 (RuntimeError); 2 copies of slices left out"
+    assert only_refusal([first, *files]) == reason
+
+
+def write_copy(file: Path, folder: Path, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / file.name).write_bytes(content)
+    return folder / file.name
+
+
 def test_files_without_preamble_are_read(tmp_path: Path):
     files = write_series(tmp_path)
     for file in files:
@@ -177,7 +228,7 @@ def test_files_without_preamble_are_read(tmp_path: Path):
         bare.save_as(file, implicit_vr=True, little_endian=True)
     series, others = group_series(files)
     assert others == {}
-    assert_ramp(only_volume(series["1.2.3"]))
+    assert_ramp(only_volume(*series.values()))
 
 
 def test_bits_beyond_the_stored_ones_are_no_part_of_the_values(tmp_path: Path):

@@ -57,20 +57,39 @@ def test_volumes_below_the_smallest_size_are_refused(shape, options, reason):
     assert shape_verdict(shape, **options) == reason
 
 
+def at(*origin: float) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, 3] = origin
+    return affine
+
+
+NOT_FINITE = "voxel size or direction: not all its numbers are finite"
+IN_ONE_PLANE = "direction: the three axes lie in one plane"
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "affine",
+    ("affine", "reason"),
     [
-        np.diag([1.0, 0, 1, 1]),
-        np.diag([1.0, np.nan, 1, 1]),
-        np.diag([1.0, np.inf, 1, 1]),
-        np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),  # two axes along the same line
-        np.array([[1, 0, 0, np.nan], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
+        (np.diag([1.0, np.nan, 1, 1]), NOT_FINITE),
+        (np.diag([1.0, np.inf, 1, 1]), NOT_FINITE),
+        (at(np.nan, 0, 0), NOT_FINITE),
+        (np.diag([1.0, 0, 2, 1]), "voxel size: 1 x 0 x 2 mm, where 0.001 to 100 can be"),
+        (np.diag([1.0, -9e-4, 2, 1]), "voxel size: 1 x 0.0009 x 2 mm, where 0.001 to 100 can be"),
+        (np.diag([1.0, 1e-320, 2, 1]), "voxel size: 1 x 0 x 2 mm, where 0.001 to 100 can be"),
+        (np.diag([1.0, 101, 2, 1]), "voxel size: 1 x 101 x 2 mm, where 0.001 to 100 can be"),
+        (np.diag([1.0, 1e300, 2, 1]), "voxel size: 1 x inf x 2 mm, where 0.001 to 100 can be"),
+        (at(5, -2e6, 5), "place: 2e+06 mm from the origin"),
+        (np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), IN_ONE_PLANE),
+        (np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1e-4, 0], [0, 0, 0, 1.0]]), IN_ONE_PLANE),
+        (np.diag([-0.0011, 99, 1, 1]), ""),
+        (at(-9e5, 9e5, 0), ""),
     ],
-    ids=["zero", "NaN", "infinite", "parallel", "no origin"],
 )
 @pytest.mark.parametrize("allow_shear", [False, True])
-def test_axes_that_span_no_space_are_refused(affine, allow_shear):
-    assert shape_verdict((9, 9, 9), affine, allow_shear=allow_shear).startswith("the header gives no usable voxel size")
+def test_axes_that_no_scan_has_are_refused(affine, reason, allow_shear):
+    said = shape_verdict((9, 9, 9), affine, allow_shear=allow_shear)
+    assert said == (f"the header gives no usable {reason}" if reason else "")
 
 
 @pytest.mark.parametrize(("tilt", "sheared"), [(0.0, False), (0.0005, False), (0.01, True), (0.3, True)])
@@ -80,6 +99,45 @@ def test_sheared_axes_are_refused_unless_allowed(tilt, sheared):
     assert shape_verdict((9, 9, 9), affine, allow_shear=True) == ""
     said = "sheared axes (gantry tilt); --resample-sheared brings it to perpendicular ones"
     assert shape_verdict((9, 9, 9), affine) == (said if sheared else "")
+
+
+def tilted(degrees: float, axis: int, towards: int) -> np.ndarray:
+    """Axes of 2 mm, one of which leans by an angle towards another."""
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, axis] = 0
+    affine[axis, axis], affine[towards, axis] = 2 * np.cos(np.radians(degrees)), 2 * np.sin(np.radians(degrees))
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("degrees", "axis", "towards", "passes"),
+    [
+        (30, 2, 1, True),
+        (-44.9, 2, 1, True),
+        (44.9, 2, 0, True),
+        (45.1, 2, 1, False),
+        (-80, 2, 0, False),
+        (1, 0, 1, False),  # shear within the slices
+        (1, 1, 0, False),
+        (89, 0, 1, False),
+        (30, 1, 2, True),  # the angle between the second and the third axis is the same, whichever leans
+    ],
+)
+@pytest.mark.parametrize("allow_shear", [False, True])
+def test_only_shear_as_by_a_gantry_tilt_is_brought_right(degrees, axis, towards, passes, allow_shear):
+    said = shape_verdict((9, 9, 9), tilted(degrees, axis, towards), allow_shear=allow_shear)
+    if not passes:
+        assert said == "sheared axes, and by no gantry tilt (of the third axis alone, up to 45 degrees)"
+    else:
+        assert ("--resample-sheared" in said) is not allow_shear
+
+
+def test_a_tilt_towards_two_axes_at_once_counts_as_a_whole():
+    affine = np.eye(4)
+    affine[:3, 2] = (0.8, 0.8, 1)  # 48.5 degrees from the normal, 38.7 in either direction
+    assert shape_verdict((9, 9, 9), affine, allow_shear=True).startswith("sheared axes, and by no gantry tilt")
+    affine[:3, 2] = (0.6, 0.6, 1)  # 40.3 degrees
+    assert shape_verdict((9, 9, 9), affine, allow_shear=True) == ""
 
 
 @settings(max_examples=100, deadline=None)
@@ -136,6 +194,10 @@ def label_maps() -> dict[str, np.ndarray]:
         "boolean": ball,
         "tiny object": tiny,
         "two values in float": np.where(ball, 255.0, 0.0),
+        "a half": np.where(ball, 0.5, 0.0).astype(np.float32),
+        "slope 1/255": (organs % 3 * ball).astype(np.float32) * np.float32(1 / 255),
+        "tiny object of a tenth": tiny * np.float32(0.1),
+        "16 fractions, NaN elsewhere": np.where(ball, organs % 16 / 16, np.nan),
         "40 labels": organs * ball,
         "40 labels in float": (organs * ball).astype(np.float32),
         "40 labels, NaN elsewhere": unknown,
@@ -149,6 +211,10 @@ def label_maps() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", label_maps())
 def test_label_maps_are_refused(name):
     assert verdict(label_maps()[name]) == "a label map, not an image"
+
+
+def organs_of(number: int) -> np.ndarray:
+    return blocks(np.random.default_rng(3).integers(1, number + 1, (8, 8, 8)))
 
 
 @cache
@@ -165,7 +231,8 @@ def images() -> dict[str, np.ndarray]:
         "smooth, 8 bit": (smooth * 255).round().astype(np.uint8),
         "smooth, 8 bit in float": (smooth * 255).round(),
         "smooth, not integral": smooth,
-        "two values that are no whole numbers": np.where(smooth > 0.5, 0.25, 0.75),
+        "noise of 17 fractions": draw.integers(0, 17, (24, 24, 24)) / 17,
+        "40 fractions": organs_of(40) / 41,
         "CT": ct,
         "CT with NaN around": np.where(ct > -500, ct, np.nan),
         "windowed CT": window,
