@@ -204,7 +204,7 @@ def throughput(options: argparse.Namespace, folder: Path) -> None:
         state, sources = find(options.scans, folder / "state of scans")
         kinds: dict[str, list[Source]] = {modality: [] for modality in MODALITIES}
         for source in sources:
-            kinds.setdefault(probe_modality(source, state) or "", []).append(source)
+            kinds.setdefault(probe_modality(source, state, Settings("auto")) or "", []).append(source)
         for kind in MODALITIES:
             rows.append(throughput_row(f"{kind} of {options.scans.name}", kinds[kind], kind, state, options))
     columns = "scans | number | decoded MB | stored MB | floor s (CPU) | import s (CPU) | import --link s (CPU)"

@@ -109,6 +109,7 @@ FOREIGN = "its gzip stream is whole, but other bytes follow: unpack it with gzip
         (bytes(3 << 20) + b"x", FOREIGN),
         (gzip.compress(b"more") + b"x", FOREIGN),
         (gzip.compress(b"more")[:-3], "damaged: "),
+        (bytes(700) + gzip.compress(b"more")[:-3], "damaged: "),
         (b"\x1f\x8b and no stream", "damaged: "),
     ],
 )
