@@ -325,7 +325,7 @@ def cluster(options: argparse.Namespace, folder: Path) -> None:
     times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for number in range(options.rounds):
         for kind, workers in ways[:: -1 if number % 2 else 1]:
-            with LocalCluster(workers, **DASK) if kind == "Dask" else nullcontext() as dask:
+            with LocalCluster(n_workers=workers, **DASK) if kind == "Dask" else nullcontext() as dask:
                 run, _ = import_below(scans, raw, workers, dask.scheduler_address if dask else "")
             assert run["cases"] == options.items
             times[kind, workers].append(run["wall_s"])
