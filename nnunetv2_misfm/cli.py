@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input", type=Path, nargs="+", required=True, metavar="DIR", help="searched with all folders below"
     )
     command.add_argument("-d", "--dataset", type=int, required=True, metavar="ID", help="1 to 999, e.g. 900")
-    command.add_argument("--name", required=True, help="of the dataset, e.g. CTPool")
+    command.add_argument("--name", default="Unlabelled", help="of the dataset, e.g. CTPool (default: Unlabelled)")
     command.add_argument("--modality", choices=("CT", "MR", "auto"), default="auto", help="default: auto")
     _add_workers(command)
     command.add_argument("--link", action="store_true", help="refer to files that need no change, do not copy them")

@@ -16,6 +16,9 @@ import nnunetv2_misfm.preview
 import nnunetv2_misfm.weights.convert
 from nnunetv2_misfm import installation
 from nnunetv2_misfm.cli import main
+from nnunetv2_misfm.data import import_dataset, preprocess
+from nnunetv2_misfm.data.import_dataset import Workers
+from nnunetv2_misfm.data.outcome import Settings
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import Finding
 
@@ -203,15 +206,67 @@ def test_convert_wants_dataset_and_configuration_together(capsys: Capture, optio
     assert capsys.readouterr() == ("", f"nnUNetv2_misfm convert: {said}\n")
 
 
-@pytest.mark.parametrize("command", ["configure", "plan", "preview", "convert", "demo"])
+@pytest.mark.parametrize("command", COMMANDS[4:])
 def test_unsupported_nnunet_is_told_before_anything_of_it_is_used(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(installation, "require_supported_nnunet", Recorder(MisfmError("nnunetv2 2.5 is installed.")))
     needed = {"configure": ["-d", "4", "-c", "c", "--name", "n", "a=1"], "preview": ["-d", "4", "-c", "c", "-o", "o"]}
-    needed |= {"plan": ["-d", "4"], "convert": ["f.pt"]}
+    needed |= {
+        "plan": ["-d", "4"],
+        "convert": ["f.pt"],
+        "preprocess": ["-d", "4"],
+        "import": ["--input", "a", "-d", "4"],
+    }
     assert main([command, *needed.get(command, [])]) == 2
     assert capsys.readouterr().err == f"nnUNetv2_misfm {command}: nnunetv2 2.5 is installed.\n"
+
+
+def test_import_hands_on_its_options_and_prints_the_summary(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        import_dataset, "import_scans", lambda *given, **named: calls.append((given, named)) or "a summary"
+    )
+    assert main(["import", "--input", "a", "b", "--dataset", "900"]) == 0
+    options = "--name CTPool --modality CT --scheduler tcp://h:1 --link --split-time-series --resample-sheared"
+    assert main(["import", "--input", "a", "-d", "7", *options.split(), "--keep-duplicates", "--min-size", "9"]) == 0
+    assert main(["import", "--input", "a", "-d", "7", "--split-by-modality", "--workers", "3"]) == 0
+    chosen = Settings("CT", 9, split_time_series=True, resample_sheared=True, keep_duplicates=True, link=True)
+    assert calls == [
+        (([Path("a"), Path("b")], 900, "Unlabelled", Settings("auto"), Workers()), {"split_by_modality": False}),
+        (([Path("a")], 7, "CTPool", chosen, Workers(None, "tcp://h:1")), {"split_by_modality": False}),
+        (([Path("a")], 7, "Unlabelled", Settings("auto"), Workers(3)), {"split_by_modality": True}),
+    ]
+    assert capsys.readouterr().out == "a summary\n" * 3
+
+
+def test_preprocess_hands_on_its_options(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder("done")
+    monkeypatch.setattr(preprocess, "preprocess", recorder)
+    assert main(["preprocess", "-d", "900", "Dataset901_Pool"]) == 0
+    assert main(["preprocess", "-d", "900", "-c", "a", "b", "-p", "mine", "--scheduler", "tcp://h:1"]) == 0
+    assert recorder.calls == [
+        ("900", ["3d_fullres"], "nnUNetPlans", None, None),
+        ("Dataset901_Pool", ["3d_fullres"], "nnUNetPlans", None, None),
+        ("900", ["a", "b"], "mine", None, "tcp://h:1"),
+    ]
+    assert capsys.readouterr().out == "done\n" * 3
+
+
+@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--min-size", "-3"], ["--workers", "2", "--scheduler", "x"]])
+def test_import_refuses_impossible_options(capsys: Capture, wrong: list[str]) -> None:
+    assert exit_of(["import", "--input", "a", "-d", "7", *wrong]) == 2
+    assert "expected 1 or more" in (said := capsys.readouterr().err) or "not allowed with" in said
+
+
+def test_ctrl_c_is_one_line_and_the_status_that_shells_know(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_dataset, "import_scans", stopped)
+    assert main(["import", "--input", "a", "-d", "7"]) == 130
+    said = capsys.readouterr().err
+    assert said == "nnUNetv2_misfm import: stopped; the same command goes on where it was.\n"
 
 
 def test_users_error_deep_down_is_one_line_and_status_2(capsys: Capture, workspace: Workspace) -> None:
