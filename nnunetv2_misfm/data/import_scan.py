@@ -73,7 +73,7 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
             outcomes.append(_take(read, basic, dataset, state, settings))
         except Refused as refused:
             outcomes.append(_refusal(basic, refused))
-            passing = passing or _may_pass(refused)
+            passing = passing or refused.may_pass
     record = {"folders": source.folders, "outcomes": [asdict(outcome) for outcome in outcomes]}
     state.imported.put(source.key, "" if passing else made_from, record)
 
@@ -137,12 +137,6 @@ def _take(volume: Volume, basic: Outcome, dataset: Path, state: State, settings:
         affine=[float(number) for number in turned.affine.ravel()],
         image=image,
     )
-
-
-def _may_pass(refused: Refused) -> bool:
-    """Tells whether the system and not the file was to blame (permission, network): then the next run tries again."""
-    cause = refused.__cause__
-    return isinstance(cause, OSError) and cause.errno is not None
 
 
 def _refusal(basic: Outcome, refused: Refused) -> Outcome:

@@ -43,7 +43,7 @@ def probe_modality(source: Source, state: State, settings: Settings) -> str | No
     known = state.probed.get(source.key, made_from)
     if known is not None:
         return known["modality"]
-    modality = None
+    modality, passing = None, False
     try:
         modality = modality_of(files) if source.series else None
         volume = None if modality else _first_volume(source, files, settings)
@@ -52,9 +52,9 @@ def probe_modality(source: Source, state: State, settings: Settings) -> str | No
             seen = survey(volume.voxels)
             check_intensities(volume, seen)
             modality = modality_by_intensity(volume.voxels, seen)
-    except Refused:
-        pass
-    state.probed.put(source.key, made_from, {"modality": modality})
+    except Refused as refused:
+        passing = refused.may_pass
+    state.probed.put(source.key, "" if passing else made_from, {"modality": modality})
     return modality
 
 

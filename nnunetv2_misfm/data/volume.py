@@ -66,6 +66,11 @@ class Refused(Exception):
         self.header = header or Header()
         self.part = part
 
+    @property
+    def may_pass(self) -> bool:
+        """Tells whether the system and not the file was to blame (permission, network), so that it is tried again."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno is not None
+
     def of(self, header: Header, part: str) -> "Refused":
         """Returns the same with a header and a part."""
         other = Refused(self.reason, header, part)
