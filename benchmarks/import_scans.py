@@ -164,7 +164,7 @@ def find(top: Path, folder: Path) -> tuple[State, list[Source]]:
 
 def is_taken(source: Source, state: State) -> bool:
     """Tells whether a source that was imported is in the dataset as a whole."""
-    return all(row["verdict"] in ("accepted", "repaired") for row in state.imported.last(source.key))
+    return all(row["verdict"] in ("accepted", "repaired") for row in state.imported.last(source.key)["outcomes"])
 
 
 def throughput_row(kind: str, sources: list[Source], modality: str, state: State, options: argparse.Namespace) -> list:

@@ -1,4 +1,6 @@
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -44,3 +46,11 @@ def test_scaled_form_has_fractions_of_its_slope(benchmark: ModuleType, tmp_path:
 def test_sample_of_a_share_is_the_first_that_has_it(benchmark: ModuleType) -> None:
     samples = [benchmark.Sample(done, 0, []) for done in (0, 9, 11, 60, 99)]
     assert [benchmark.at_share(samples, share, 100).done for share in (0.1, 0.5, 1.0)] == [11, 60, 99]
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks/import_scans.py"
+    options = "--part throughput memory --shrink 16 --files 1 --rounds 1".split()
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| CT ") == 3 and "Memory of a worker" in done.stdout
