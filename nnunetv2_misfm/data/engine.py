@@ -7,6 +7,7 @@ neighbours took is held against it. Only a task whose process dies then is given
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
@@ -159,6 +160,10 @@ def _cluster(scheduler: str) -> Iterator[_Pool]:
         except OSError as error:
             raise NoWorkers(_GONE) from error
 
+    if not re.search(r":\d+$", scheduler):  # Dask would complain once more at its end
+        raise NoWorkers(
+            f"expected the address of a Dask scheduler with its port, such as tcp://node1:8786, got {scheduler!r}."
+        )
     try:
         client = distributed.Client(scheduler, timeout=SCHEDULER_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, distributed.TimeoutError) as error:

@@ -287,9 +287,10 @@ def test_a_task_that_kills_the_workers_of_a_cluster_is_blamed_and_no_other(clust
 def test_an_address_without_a_scheduler_is_named(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(engine, "SCHEDULER_TIMEOUT_S", 0.5)
-    for address in ("tcp://127.0.0.1:9", "nonsense"):
-        with pytest.raises(MisfmError, match=f"^no Dask scheduler answers at {address} .*: start one"):
-            collect(engine_tasks.square, [1], scheduler=address)
+    with pytest.raises(MisfmError, match="^no Dask scheduler answers at tcp://127.0.0.1:9 .*: start one"):
+        collect(engine_tasks.square, [1], scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(MisfmError, match="^expected the address .* got 'nonsense'"):
+        collect(engine_tasks.square, [1], scheduler="nonsense")
 
 
 def test_a_cluster_without_workers_is_an_error(monkeypatch: pytest.MonkeyPatch):
