@@ -186,7 +186,7 @@ def _require_package(client: Any, scheduler: str) -> None:
             f"the workers of the Dask scheduler at {scheduler} cannot import nnunetv2_misfm ({error}): "
             "pip install nnunetv2-misfm[cluster] in their environment."
         ) from error
-    if versions != {__version__}:
+    if versions - {__version__}:  # none, where all workers are just being started again
         found = ", ".join(sorted(versions))
         raise NoWorkers(f"expected nnunetv2-misfm {__version__} on the Dask workers, as here, found {found}.")
 
