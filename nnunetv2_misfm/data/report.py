@@ -96,7 +96,7 @@ def summary(outcomes: Iterable[Outcome]) -> str:
 def _kind(outcome: Outcome) -> str:
     """The verdict with the reason up to its details."""
     reason = "same as another scan" if outcome.verdict == "duplicate" else outcome.reason
-    kind = re.sub(r"\d+", "N", re.split(r" \(|:|;", reason)[0])
+    kind = re.sub(r"\b\d+\b", "N", re.split(r" \(|:|;", reason)[0])
     return f"{outcome.verdict}: {kind}"
 
 

@@ -196,6 +196,10 @@ def test_reasons_that_differ_only_in_details_are_counted_together():
     )
 
 
+def test_the_summary_says_2d_as_it_is():
+    assert "1  rejected: 2D" in summary([Outcome("a", "a", "rejected", reason="2D: a single slice")])
+
+
 def test_accepted_scans_alone_need_no_reasons():
     assert (
         summary([Outcome("a", "a", "accepted"), Outcome("b", "b", "split")])
