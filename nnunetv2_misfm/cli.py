@@ -41,30 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("disable", _disable, "Undo enable.")
     add("check", _check, "Say in plain words what is missing or wrong.")
 
-    command = add("import", _import, "Make a pretraining dataset of any unlabelled scans below some folders.")
-    command.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="DIR", help="searched with all folders below"
-    )
-    command.add_argument("-d", "--dataset", type=int, required=True, metavar="ID", help="1 to 999, e.g. 900")
-    command.add_argument("--name", default="Unlabelled", help="of the dataset, e.g. CTPool (default: Unlabelled)")
-    command.add_argument("--modality", choices=("CT", "MR", "auto"), default="auto", help="default: auto")
-    _add_workers(command)
-    command.add_argument("--link", action="store_true", help="refer to files that need no change, do not copy them")
-    command.add_argument(
-        "--split-by-modality", action="store_true", help="CT becomes dataset ID, MR becomes dataset ID + 1"
-    )
-    command.add_argument("--split-time-series", action="store_true", help="take time series apart, do not refuse them")
-    command.add_argument("--resample-sheared", action="store_true", help="resample gantry tilt, do not refuse it")
-    command.add_argument("--keep-duplicates", action="store_true", help="take scans of equal content too")
-    command.add_argument(
-        "--min-size", type=_positive, default=8, metavar="VOXELS", help="along every axis (default: 8)"
-    )
-
-    command = add("preprocess", _preprocess, "Do nnU-Net's preprocessing case by case, going on where it was.")
-    command.add_argument("-d", "--datasets", nargs="+", required=True, metavar="ID", help="numbers or names")
-    command.add_argument("-c", "--configurations", nargs="+", default=["3d_fullres"], help="default: 3d_fullres")
-    command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
-    _add_workers(command)
+    _add_data_commands(add)
 
     command = add("configure", _configure, "Write a named configuration with other numbers into a plans file.")
     _add_configuration(command)
@@ -102,6 +79,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))
     command.add_argument("-device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser
+
+
+def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add("import", _import, "Make a pretraining dataset of any unlabelled scans below some folders.")
+    command.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="DIR", help="searched with all folders below"
+    )
+    command.add_argument("-d", "--dataset", type=int, required=True, metavar="ID", help="1 to 999, e.g. 900")
+    command.add_argument("--name", default="Unlabelled", help="of the dataset, e.g. CTPool (default: Unlabelled)")
+    command.add_argument("--modality", choices=("CT", "MR", "auto"), default="auto", help="default: auto")
+    _add_workers(command)
+    command.add_argument("--link", action="store_true", help="refer to files that need no change, do not copy them")
+    command.add_argument(
+        "--split-by-modality", action="store_true", help="CT becomes dataset ID, MR becomes dataset ID + 1"
+    )
+    command.add_argument("--split-time-series", action="store_true", help="take time series apart, do not refuse them")
+    command.add_argument("--resample-sheared", action="store_true", help="resample gantry tilt, do not refuse it")
+    command.add_argument("--keep-duplicates", action="store_true", help="take scans of equal content too")
+    command.add_argument(
+        "--min-size", type=_positive, default=8, metavar="VOXELS", help="along every axis (default: 8)"
+    )
+
+    command = add("preprocess", _preprocess, "Do nnU-Net's preprocessing case by case, going on where it was.")
+    command.add_argument("-d", "--datasets", nargs="+", required=True, metavar="ID", help="numbers or names")
+    command.add_argument("-c", "--configurations", nargs="+", default=["3d_fullres"], help="default: 3d_fullres")
+    command.add_argument("-p", "--plans", default="nnUNetPlans", help="name of the plans")
+    _add_workers(command)
 
 
 def _add_configuration(command: argparse.ArgumentParser) -> None:

@@ -78,10 +78,7 @@ def import_scans(
     if split_by_modality and settings.modality != "auto":
         raise MisfmError(f"expected --modality auto with --split-by-modality, got {settings.modality}: leave one out.")
     raw = raw_folder(dataset_id, name, inputs, split_by_modality)
-    places = {settings.modality: (dataset_id, raw / f"Dataset{dataset_id:03d}_{name}")}
-    if split_by_modality:
-        numbers = {modality: dataset_id + place for place, modality in enumerate(MODALITIES)}
-        places = {kind: (number, raw / f"Dataset{number:03d}_{name}{kind}") for kind, number in numbers.items()}
+    places = _places(raw, dataset_id, name, settings.modality, split_by_modality)
     for number, folder in places.values():
         check_target(folder, number, settings)
     with ExitStack() as stack:
@@ -110,6 +107,14 @@ def import_scans(
     if not anything_taken:
         raise MisfmError("no scan was accepted.\n" + "\n\n".join(said))
     return "\n\n".join(said)
+
+
+def _places(raw: Path, dataset_id: int, name: str, modality: str, split: bool) -> dict[str, tuple[int, Path]]:
+    """Returns id and folder of the dataset that scans of a modality go to."""
+    if not split:
+        return {modality: (dataset_id, raw / f"Dataset{dataset_id:03d}_{name}")}
+    numbers = {kind: dataset_id + place for place, kind in enumerate(MODALITIES)}
+    return {kind: (number, raw / f"Dataset{number:03d}_{name}{kind}") for kind, number in numbers.items()}
 
 
 def _import_into(target: Target, sources: list[Source], folders: set[str], workers: Workers) -> list[Outcome]:
@@ -148,8 +153,8 @@ def _settled(
     outcomes = [outcome for outcome in recorded if outcome.key not in crashed and not _is_past(outcome, folders)]
     outcomes += crashed.values()
     while True:
-        ordered = sorted(outcomes, key=by_path_and_part)
-        settled = ordered if target.settings.keep_duplicates else settle_duplicates(ordered)
+        keep = target.settings.keep_duplicates
+        settled = sorted(outcomes, key=by_path_and_part) if keep else settle_duplicates(outcomes)
         gone = [o for o in settled if o.verdict in TAKEN and not is_there(target.folder, o)]
         lost = {(o.key, o.part) for o in gone if o.key not in here}
         if not lost:

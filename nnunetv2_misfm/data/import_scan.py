@@ -57,10 +57,13 @@ def import_source(source: Source, dataset: Path, state: State, settings: Setting
     """
     earlier = state.imported.last(source.key) or {"folders": [], "outcomes": []}
     gone = [folder for folder in earlier["folders"] if not os.path.isdir(folder)]
-    if gone and not again and any(outcome["case"] for outcome in earlier["outcomes"]):
-        return  # a part of a series that was imported whole before
     source = replace(source, folders=tuple(sorted({*source.folders, *earlier["folders"]} - set(gone))))
     files = source.files(state.scanned)
+    if not files:
+        raise FileNotFoundError(f"{source.path} is gone since it was found")
+    taken_of = max((outcome["files"] for outcome in earlier["outcomes"] if outcome["case"]), default=0)
+    if gone and not again and len(files) < taken_of:
+        return  # a part of a series that was imported whole before
     made_from = fingerprint(files)
     if not again and state.imported.get(source.key, made_from) is not None:
         return

@@ -31,9 +31,8 @@ _EQUAL_NEIGHBOURS = 0.5
 # With so few different intensities it is a label map (or worthless), however flat and of whatever type: masks are also
 # stored as 0 and 0.5, or with a slope of 1/255
 _FEW_VALUES = 16
-_MANY_VALUES = (
-    1000  # with so many it is an image, were it enlarged voxel by voxel; atlases name some hundred structures
-)
+# With so many it is an image, were it enlarged voxel by voxel: atlases name some hundred structures
+_MANY_VALUES = 1000
 SAMPLE = 1 << 19  # voxels looked at where a share tells: 1 % of them is off by 0.014 % (one sigma)
 
 

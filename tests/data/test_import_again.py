@@ -16,14 +16,6 @@ from nnunetv2_misfm.errors import MisfmError
 CT, LINKED = Settings("CT"), Settings("CT", link=True)
 
 
-@pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    monkeypatch.setenv("nnUNet_raw", str(folder))
-    return folder
-
-
 def run(*inputs: Path, settings: Settings = CT, **more) -> str:
     return import_scans(inputs, 900, "Pool", settings, Workers(1), **more)
 
@@ -69,6 +61,20 @@ def test_scans_that_moved_are_found_where_they_are(raw, tmp_path, settings):
         assert (dataset / files["images"][0]).is_file() and (dataset / files["label"]).is_file()
     if settings.link:
         assert {files["images"][0] for files in listed.values()} == {str(tmp_path / f"b/{n}.nii.gz") for n in range(2)}
+
+
+def test_a_series_that_moved_and_grew_is_imported_anew(raw, tmp_path):
+    write_series(tmp_path / "whole", ct(0))
+    (tmp_path / "held").mkdir()
+    for number in (18, 19):  # the last two slices come later
+        shutil.move(tmp_path / f"whole/part {number % 2}/IM{number:04d}", tmp_path / "held")
+    run(tmp_path / "whole")
+    assert report(raw / "Dataset900_Pool")[0]["shape"] == "16x18x18"
+    shutil.move(tmp_path / "whole", tmp_path / "moved")
+    shutil.move(tmp_path / "held", tmp_path / "moved/more")
+    run(tmp_path / "moved")
+    [row] = report(raw / "Dataset900_Pool")
+    assert (row["shape"], row["files"]) == ("16x18x20", "20") and str(tmp_path / "moved") in row["path"]
 
 
 def test_an_equal_scan_takes_the_place_of_one_that_is_lost(raw, tmp_path):

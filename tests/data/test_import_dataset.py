@@ -17,14 +17,6 @@ ONE = Workers(1)
 
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    monkeypatch.setenv("nnUNet_raw", str(folder))
-    return folder
-
-
-@pytest.fixture
 def pool(tmp_path) -> Path:
     folder = tmp_path / "pool"
     for number in range(3):
