@@ -10,3 +10,8 @@ FMUNET = (
     "Wang et al. on Volume Fusion and FMUNet, IEEE Transactions on Image Processing 34, 6041-6052 (2025), "
     "DOI 10.1109/TIP.2025.3610249"
 )
+UNETR = "Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentation, WACV 2022, arXiv:2103.10504"
+SWIN_UNETR = (
+    "Hatamizadeh et al., Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images, "
+    "BrainLes 2021 (published 2022), arXiv:2201.01266"
+)

@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nnUNetv2_misfm {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = "; the same command goes on where it was" if options.command in ("import", "preprocess") else ""
+        more = (
+            "; the same command goes on where it was"
+            if options.command in ("import", "preprocess", "benchmark")
+            else ""
+        )
         print(f"nnUNetv2_misfm {options.command}: stopped{more}.", file=sys.stderr)
         return 130  # as shells report an end by Ctrl-C
 
@@ -75,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-c", "--configuration", help="configuration of its plans, e.g. 3d_fullres")
     command.add_argument("-p", "--plans", help="name of the plans (default: nnUNetPlans)")
 
+    _add_benchmark_commands(add)
+
     command = add("demo", _demo, "Run the whole job on phantoms that the package makes itself.")
     command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))
     command.add_argument("-device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -108,6 +114,62 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     _add_workers(command)
 
 
+def _add_benchmark_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "benchmark", _benchmark, "Train and test a grid of runs, to see whether pretraining beats stock nnU-Net."
+    )
+    _add_configuration(command)
+    command.add_argument(
+        "--trainers", nargs="+", required=True, metavar="TRAINER", help="nnUNetTrainer is the stock one"
+    )
+    command.add_argument(
+        "--folds", nargs="+", type=_number_or_all, default=[0], metavar="FOLD", help="numbers, or all (default: 0)"
+    )
+    command.add_argument(
+        "--train-cases", nargs="+", type=_number_or_all, default=["all"], metavar="N",
+        help="numbers of labelled cases, nested draws from the fold, or all (default: all)",
+    )  # fmt: skip
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="runs of each (default: 0)")
+    command.add_argument("--epochs", type=_positive, metavar="N", help="of every run (default: nnU-Net's 1000)")
+    command.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", dest="settings",
+        help="other numbers for every trainer, as `configure` takes them, e.g. batch_size=2",
+    )  # fmt: skip
+    command.add_argument(
+        "--weights", nargs="+", default=[], metavar="TRAINER=FILE", help="pretrained weights of a trainer"
+    )
+    command.add_argument(
+        "--test", type=Path, metavar="DIR",
+        help="compare on the cases of DIR/imagesTs and DIR/labelsTs (default: on the folds' validation cases)",
+    )  # fmt: skip
+    command.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default: 1)")
+    command.add_argument("--gpus", type=_positive, metavar="N", help="one run per GPU at a time (default: 1)")
+    command.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
+    command.add_argument(
+        "--jobs", type=_positive, metavar="N", help="runs at a time where there is no GPU (default: 1)"
+    )
+    command.add_argument("--disable-tta", action="store_true", help="predict the test cases without mirroring")
+    command.add_argument(
+        "--skip-validation",
+        action="store_true",
+        help="with --test: leave out the final validation (not the stock trainer's)",
+    )
+    command.add_argument("--dry-run", action="store_true", help="only print the exact commands")
+    _add_benchmark_name(command)
+
+    command = add("report", _report, "Write what a benchmark has come to, as HTML, Markdown and CSV.")
+    command.add_argument("-d", "--dataset", required=True, help="number or name of the dataset")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    command.add_argument(
+        "--on", choices=("test", "validation"), help="cases to compare (default: test, where there is a test folder)"
+    )
+    _add_benchmark_name(command)
+
+
+def _add_benchmark_name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", default="benchmark", help="of the benchmark, to keep several apart")
+
+
 def _add_configuration(command: argparse.ArgumentParser) -> None:
     command.add_argument("-d", "--dataset", required=True, help="number or name of the dataset")
     command.add_argument("-c", "--configuration", required=True, help="configuration of its plans, e.g. 3d_fullres")
@@ -119,6 +181,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
     return number
+
+
+def _number_or_all(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number or 'all', got {text!r}")
+    return int(text)
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -237,6 +307,47 @@ def _convert(options: argparse.Namespace) -> int:
 
     plans = options.plans or "nnUNetPlans"
     print(adapt(options.file, options.dataset, options.configuration, plans, options.output, options.resolution_mode))
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.benchmark.benchmark import benchmark
+    from nnunetv2_misfm.benchmark.prepare import Request, weights_by_trainer
+    from nnunetv2_misfm.benchmark.run import Options
+
+    epochs = [] if options.epochs is None else [f"num_epochs={options.epochs}"]
+    request = Request(
+        dataset=options.dataset,
+        configuration=options.configuration,
+        trainers=options.trainers,
+        plans=options.plans,
+        folds=options.folds,
+        train_cases=options.train_cases,
+        seeds=options.seeds,
+        settings=[*epochs, *options.settings],
+        test=options.test,
+        weights=weights_by_trainer(options.weights),
+        name=options.name,
+        tolerance_mm=options.tolerance,
+    )
+    how = Options(
+        device=options.device,
+        jobs=(options.gpus if options.device == "cuda" else options.jobs) or 1,
+        mirroring=not options.disable_tta,
+        skip_validation=options.skip_validation,
+    )
+    said, status = benchmark(request, how, options.dry_run)
+    print(said)
+    return status
+
+
+def _report(options: argparse.Namespace) -> int:
+    installation.require_supported_nnunet()
+    from nnunetv2_misfm.benchmark.gather import gather
+    from nnunetv2_misfm.benchmark.report import write_report
+
+    print(f"wrote {write_report(gather(options.dataset, options.name, options.on), options.output)}")
     return 0
 
 

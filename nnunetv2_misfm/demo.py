@@ -6,22 +6,19 @@ nothing about how good a method is.
 """
 
 import os
-import shlex
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE, is_listed
+from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE
 from nnunetv2_misfm.data.phantoms import write_phantom_dataset
-from nnunetv2_misfm.demo_report import Run, describe_machine, dice_table, draw_picture, write_results
+from nnunetv2_misfm.demo_report import Run, dice_table, draw_picture, write_results
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.installation import discovery_folder
+from nnunetv2_misfm.scripts import Command, describe_machine, find_script, search_path
 
 POOL_ID, POOL_NAME = 900, "PhantomPool"
 ORGANS_ID, ORGANS_NAME = 901, "PhantomOrgans"
@@ -52,26 +49,6 @@ FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions",
 RESULTS, PICTURE = "results.md", "picture.png"
 # Data workers per GPU: ours, more than so short a run can keep busy
 MOST_WORKERS = 8
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command line of the demo; as a string, what a shell would take.
-
-    Attributes:
-        title: what it does, for the reader.
-        arguments: the command and its arguments.
-        variables: what its environment has besides `demo_environment`.
-    """
-
-    title: str
-    arguments: Sequence[str]
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join(
-            [*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.arguments)]
-        )
 
 
 def run_demo(output: Path, device: str) -> Path:
@@ -171,14 +148,10 @@ def demo_environment(output: Path, device: str) -> dict[str, str]:
         device: cpu or cuda.
     """
     num_cores = os.cpu_count() or 1
-    search_path = os.environ.get(SEARCH_PATH_VARIABLE, "")
-    ours = str(discovery_folder())
-    if not is_listed(ours, search_path):
-        search_path = os.pathsep.join([entry for entry in (search_path, ours) if entry.strip()])
     return {
         **os.environ,
         **{name: str(output / name) for name in FOLDERS if name.startswith("nnUNet_")},
-        SEARCH_PATH_VARIABLE: search_path,
+        SEARCH_PATH_VARIABLE: search_path(),
         "nnUNet_n_proc_DA": "0" if device == "cpu" else str(min(MOST_WORKERS, num_cores)),
         "nnUNet_def_n_proc": "1",
         "nnUNet_compile": "f",
@@ -256,22 +229,6 @@ def run_command(command: Command, environment: Mapping[str, str], log: Path) -> 
             f"its output is in {log}."
         )
     return time.monotonic() - started
-
-
-def find_script(name: str) -> str:
-    """Return the path of a command, that of this Python's environment first.
-
-    Raises:
-        MisfmError: neither there nor on PATH.
-    """
-    beside_python = str(Path(sys.executable).parent)
-    script = shutil.which(name, path=beside_python) or shutil.which(name)
-    if script is None:
-        raise MisfmError(
-            f"expected the command {name} in {beside_python} or on PATH, found none; install nnunetv2_misfm (and "
-            "with it nnunetv2) into this environment."
-        )
-    return script
 
 
 def _prediction_commands(output: Path, trainer: str, device: str) -> list[Command]:

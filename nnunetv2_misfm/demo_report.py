@@ -1,15 +1,12 @@
 """What the demo leaves to look at: a table of Dice scores with what was run, and one picture."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -81,17 +78,6 @@ def dice_table(summaries: Mapping[str, Path]) -> str:
         scores = [*dice.values(), float(np.mean(list(dice.values())))]
         rows.append([trainer, NETWORKS[trainer], *(f"{score:.3f}" for score in scores), str(num_cases)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def describe_machine(device: str) -> str:
-    """Return the hardware and the versions of the packages that matter.
-
-    Args:
-        device: cpu or cuda.
-    """
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    packages = ("nnunetv2-misfm", "nnunetv2", "torch")
-    return ", ".join([hardware, *(f"{package} {version(package)}" for package in packages)])
 
 
 def write_results(

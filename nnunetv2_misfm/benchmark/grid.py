@@ -19,6 +19,7 @@ STOCK = "nnUNetTrainer"
 STOCK_WITH_LENGTH = "nnUNetTrainerBaseline"
 ALL = "all"
 GRID_FILE = "grid.json"
+_PREFIX = "misfm_"
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,10 @@ def grid_folder(dataset: str, name: str) -> Path:
     """
     if not nnUNet_results.is_set():
         raise MisfmError("expected the environment variable nnUNet_results to name a folder, but it is not set.")
-    return Path(str(nnUNet_results)) / dataset / f"misfm_benchmark_{name}"
+    return Path(str(nnUNet_results)) / dataset / f"{_PREFIX}{name}"
 
 
-def draws_of(
-    folds: Sequence[int | str], train_cases: Sequence[int | str], seeds: Sequence[int]
-) -> list[Draw]:
+def draws_of(folds: Sequence[int | str], train_cases: Sequence[int | str], seeds: Sequence[int]) -> list[Draw]:
     """Returns all draws, in the order in which they are run: few cases first, every seed before more cases."""
     return [Draw(n, fold, seed) for n in train_cases for fold in folds for seed in seeds]
 
@@ -177,7 +176,7 @@ def read_grid(dataset: str, name: str) -> Grid:
     """
     file = grid_folder(dataset, name) / GRID_FILE
     if not file.is_file():
-        known = [folder.name.removeprefix("misfm_benchmark_") for folder in _grids_of(dataset)]
+        known = [folder.name.removeprefix(_PREFIX) for folder in _grids_of(dataset)]
         raise MisfmError(
             f"expected a benchmark {name!r} of {dataset} in {file.parent}, found none (benchmarks there: "
             f"{', '.join(known) or 'none'}): run nnUNetv2_misfm benchmark first, or name another with --name."
@@ -187,12 +186,19 @@ def read_grid(dataset: str, name: str) -> Grid:
         cells = tuple(_cell(entry) for entry in content.pop("cells"))
         return Grid(**{**content, "settings": tuple(content["settings"]), "cells": cells})
     except (KeyError, TypeError) as error:
-        raise MisfmError(f"{file} is no record of a benchmark ({error}): run the benchmark under another --name.") from error
+        raise MisfmError(
+            f"{file} is no record of a benchmark ({error}): run the benchmark under another --name."
+        ) from error
+
+
+def has_grid(dataset: str, name: str) -> bool:
+    """Whether a benchmark of this name is recorded."""
+    return (grid_folder(dataset, name) / GRID_FILE).is_file()
 
 
 def _grids_of(dataset: str) -> Iterable[Path]:
     parent = grid_folder(dataset, "").parent
-    return sorted(file.parent for file in parent.glob(f"misfm_benchmark_*/{GRID_FILE}"))
+    return sorted(file.parent for file in parent.glob(f"{_PREFIX}*/{GRID_FILE}"))
 
 
 def _cell(entry: dict[str, Any]) -> Cell:

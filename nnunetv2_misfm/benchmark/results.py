@@ -24,9 +24,10 @@ class Results:
         curves: One row per run and epoch: RUN_COLUMNS, `epoch` (from 0), `train_loss`, `val_loss`, `pseudo_dice` (mean
             over classes, nnU-Net's, on validation patches), `seconds`.
         runs: One row per planned run: RUN_COLUMNS, `num_train` (cases it learned from), `state` (finished, failed,
-            unfinished, missing, mismatched), `why` (a sentence where not finished), `train_commands` (text, one per line),
-            `seconds_per_epoch` (median), `prediction_s_per_case`, `weights_file`, `weights_sha256`, `weights_share`
-            (pretrained weights; empty text or NaN where there are none), `splits_sha256`, `checkpoint_sha256`.
+            unfinished, missing, mismatched), `why` (a sentence where not finished), `train_commands` (text, one per
+            line), `seconds_per_epoch` (median), `prediction_s_per_case`, `weights_file`, `weights_sha256`,
+            `weights_share` (pretrained weights; empty text or NaN where there are none), `splits_sha256`,
+            `checkpoint_sha256`.
         costs: One row per trainer: `trainer`, `parameters`, `gflops` (a forward pass of one patch, multiply and add
             counted as two), `peak_memory_gib` (a training step), `memory_kind` (GPU, or resident on the CPU).
         images: Image file of channel 0 of each compared case.

@@ -26,6 +26,19 @@ PREPROCESSING_KEYS = (
 VALID_NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
+def full_name(dataset: str) -> str:
+    """Returns the full name of a dataset, given by number or name.
+
+    Raises:
+        MisfmError: There is none, or several of this number.
+    """
+    try:
+        return maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split(". ")[0]  # nnU-Net goes on with a list of folders
+        raise MisfmError(f"expected the number or name of a dataset, got {dataset!r}: {reason}.") from error
+
+
 def find_plans(dataset: str, plans: str = "nnUNetPlans") -> Path:
     """Returns the plans file of a dataset, given by number or name.
 
@@ -34,12 +47,7 @@ def find_plans(dataset: str, plans: str = "nnUNetPlans") -> Path:
     """
     if not nnUNet_preprocessed.is_set():
         raise MisfmError("expected the environment variable nnUNet_preprocessed to name a folder, but it is not set.")
-    try:
-        dataset_name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split(". ")[0]  # nnU-Net goes on with a list of folders
-        raise MisfmError(f"expected the number or name of a dataset, got {dataset!r}: {reason}.") from error
-    plans_file = Path(str(nnUNet_preprocessed)) / dataset_name / f"{plans}.json"
+    plans_file = Path(str(nnUNet_preprocessed)) / full_name(dataset) / f"{plans}.json"
     if not plans_file.is_file():
         raise MisfmError(
             f"expected plans at {plans_file}, found none: run nnUNetv2_plan_and_preprocess -d {dataset} first."
@@ -59,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise MisfmError(f"{path} is no JSON ({error}): mend it or plan again.") from error
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: dict[str, Any] | list[Any], path: Path) -> None:
     """Replaces a JSON file atomically, so that an interrupted run leaves the former plans."""
     temporary = path.with_name(path.name + ".tmp")
     try:

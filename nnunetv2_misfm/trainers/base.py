@@ -4,8 +4,8 @@ Hooks of nnU-Net 2.8 that are overridden, and what each does instead: `__init__`
 `initialize` (seeds; wraps for DDP on any device), `build_network_architecture` (a classmethod, so that mixins chain),
 `configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split` (no silent random fold),
 `train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, one more
-key) and `load_checkpoint` (falls back from an unreadable file under `--c`). `on_train_start` and the starts of an epoch
-only add notes to nnU-Net's.
+key), `load_checkpoint` (falls back from an unreadable file under `--c`) and `perform_actual_validation` (can be left
+out). `on_train_start` and the starts of an epoch only add notes to nnU-Net's.
 """
 
 import io
@@ -43,6 +43,8 @@ from nnunetv2_misfm.weights.checkpoint import read_checkpoint, write_checkpoint
 # nnU-Net's names, in the order in which its own --c looks for them
 CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
+# Set to 1, leaves out the prediction of the validation cases that ends a training (no readers, or other test cases)
+SKIP_VALIDATION_VARIABLE = "nnUNet_misfm_skip_validation"
 # Distance of the seeds of two epochs, above any number of ranks (ours)
 SEED_STEP = 10_000
 # nnU-Net's cross-validation (nnUNetTrainer.do_split)
@@ -333,6 +335,13 @@ class MisfmTrainer(nnUNetTrainer):
             )
         self._step += 1
         return result
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validates as nnU-Net does at the end of a training, unless the variable above asks to leave it out."""
+        if os.environ.get(SKIP_VALIDATION_VARIABLE) == "1":
+            self.print_to_log_file(f"Final validation left out: {SKIP_VALIDATION_VARIABLE}=1 is set.")
+            return
+        super().perform_actual_validation(save_probabilities)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -6,6 +6,7 @@ import gives. A new trainer is one more line here.
 
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.fmunet import nnUNetTrainerFMUNet
+from nnunetv2_misfm.trainers.monai_networks import nnUNetTrainerSwinUNETR, nnUNetTrainerUNETR
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 from nnunetv2_misfm.trainers.volume_fusion import (
     nnUNetTrainerFMUNetVF,
@@ -24,6 +25,8 @@ __all__ = [
     "nnUNetTrainerPCTNet",
     "nnUNetTrainerPCTNetVF",
     "nnUNetTrainerPCTNetVFPretrain",
+    "nnUNetTrainerSwinUNETR",
+    "nnUNetTrainerUNETR",
     "nnUNetTrainerVF",
     "nnUNetTrainerVFPretrain",
 ]

@@ -1,0 +1,145 @@
+"""The report's answer in plain sentences: who stands where against whom, how sure that is, and what is missing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from nnunetv2_misfm.benchmark.results import Results
+from nnunetv2_misfm.benchmark.statistics import (
+    SharedDraws,
+    case_scores,
+    compare,
+    default_pairs,
+    draw_order,
+    scratch_of,
+    shared_draws,
+    stock_of,
+)
+from nnunetv2_misfm.benchmark.tables import display_name
+
+_NAMED_AT_MOST = 5  # ours: the table of runs names all
+_WORDS = {
+    "better": "better with {}",
+    "worse": "worse with {}",
+    "level": "level with {}, as the interval contains zero",
+    "none": "without an interval, as there is a single case, with {}",
+}
+
+
+def answer(results: Results) -> list[str]:
+    """Returns the comparisons in mean Dice that matter, and what is missing.
+
+    They are those of fine-tuned trainers with stock nnU-Net and with their counterparts from scratch; where no trainer
+    is fine-tuned, those of all with stock. "Better" and "worse" mean that the 95 % interval excludes zero, else it is
+    "level"; nothing is said of what was not run.
+
+    Raises:
+        MisfmError: The trainers were not evaluated on the same cases.
+    """
+    trainers = results.grid.trainers
+    pairs = default_pairs(trainers)
+    if not pairs:
+        first = "There is nothing to compare: the grid holds no stock nnU-Net beside another trainer."
+        return [first, *_missing(results)]
+    tuned = [pair for pair in pairs if is_fine_tuned(results, pair[0])]
+    draws = shared_draws(results.runs)
+    # all pairs, as in the tables
+    table = compare(case_scores(results.cases, draws), pairs, ["dice"])
+    stock = stock_of(trainers)
+    found = [_against(pair, stock, table, draws) for pair in tuned or pairs]
+    return [*found, *_evidence(results, table, draws), *_missing(results)]
+
+
+def is_fine_tuned(results: Results, trainer: str) -> bool:
+    """Whether a trainer starts from pretrained weights: by its class, by the grid, or by what its runs recorded."""
+    own = results.runs.loc[results.runs["trainer"] == trainer, "weights_sha256"]
+    recorded = bool((own.fillna("").astype(str) != "").any())
+    return recorded or trainer in results.grid.weights or scratch_of(trainer, results.grid.trainers) is not None
+
+
+def warnings(results: Results) -> list[str]:
+    """Returns what a reader must know: notes of the runs, settings, absent classes, left-out draws, missing runs."""
+    found = list(results.notes)
+    if results.grid.settings:
+        found.append(f"All trainers ran with {' '.join(results.grid.settings)}, which are not nnU-Net's own settings.")
+    if results.absent:
+        found.append(
+            f"No truth of the compared cases holds {', '.join(results.absent)}: not scored, and in no mean over "
+            "classes."
+        )
+    runs = results.runs.astype({"train_cases": str, "fold": str})
+    draws = shared_draws(results.runs)
+    for size, rows in runs[runs["state"] == "finished"].groupby("train_cases", sort=False):
+        finished = {(fold, int(seed)) for fold, seed in zip(rows["fold"], rows["seed"], strict=True)}
+        lost = [f"fold {fold}, seed {seed}" for fold, seed in sorted(finished - {*draws[str(size)]}, key=draw_order)]
+        if lost:
+            found.append(
+                f"With {_cases([str(size)])}, left out of every comparison, as not all trainers have finished there: "
+                f"{'; '.join(lost)}."
+            )
+    gaps = runs[runs["state"] != "finished"]
+    found += [
+        f"{display_name(row['trainer'])} with {_cases([row['train_cases']])}, fold {row['fold']}, seed {row['seed']}: "
+        f"{row['state']} ({str(row['why']).rstrip('.')})."
+        for row in gaps.head(_NAMED_AT_MOST).to_dict("records")
+    ]
+    if len(gaps) > _NAMED_AT_MOST:
+        found.append(f"{len(gaps) - _NAMED_AT_MOST} more runs are not finished; the table of runs names them.")
+    return found
+
+
+def _against(pair: tuple[str, str], stock: str | None, table: pd.DataFrame, draws: SharedDraws) -> str:
+    trainer, reference = pair
+    who = f"{trainer} against {f'stock nnU-Net ({stock})' if reference == stock else reference}"
+    rows = table[(table["trainer"] == trainer) & (table["reference"] == reference)].to_dict("records")
+    parts = []
+    for verdict, words in _WORDS.items():
+        found = [row for row in rows if row["n_cases"] and (row["better"] or "none") == verdict]
+        if found:
+            parts.append(words.format(_cases([_with_difference(row) for row in found])))
+    compared = {row["train_cases"] for row in rows if row["n_cases"]}
+    if lacking := [size for size in draws if size not in compared]:
+        parts.append(f"not compared with {_cases(lacking)}, for want of common finished runs")
+    return f"{who}, mean Dice: {'; '.join(parts)}."
+
+
+def _with_difference(row: Mapping[str, Any]) -> str:
+    points = f"{row['train_cases']} ({100 * row['mean_difference']:+.1f} points"
+    return points + (f", {100 * row['low']:+.1f} to {100 * row['high']:+.1f})" if row["better"] else ")")
+
+
+def _evidence(results: Results, table: pd.DataFrame, draws: SharedDraws) -> list[str]:
+    """Returns on how much the comparisons rest, and what their intervals leave out."""
+    cases = sorted({int(n) for n in table["n_cases"] if n})
+    runs = sorted({len(of_size) for of_size in draws.values() if of_size})
+    if not cases:
+        return []
+    kind = "test cases" if results.compared == "test" else "validation cases of the folds"
+    alone = " A single run per trainer cannot tell an effect from the chance of that run." if runs[0] == 1 else ""
+    return [
+        f"Differences in percentage points of Dice with 95 % intervals, over {_range(cases)} {kind} and {_range(runs)} "
+        f"run{'s' if runs[-1] > 1 else ''} per trainer and number of labelled cases. The intervals speak of other "
+        f"cases like these, not of other seeds, training cases or datasets.{alone}"
+    ]
+
+
+def _missing(results: Results) -> list[str]:
+    states = results.runs["state"].value_counts()
+    missing, planned = len(results.runs) - int(states.get("finished", 0)), len(results.runs)
+    if not missing:
+        return []
+    rest = ", ".join(f"{count} {state}" for state, count in states.items() if state != "finished")
+    return [f"Missing: {missing} of {planned} planned runs are not finished ({rest})."]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _cases(sizes: Sequence[str]) -> str:
+    """Returns sizes (each perhaps with more behind it) as words."""
+    if len(sizes) > 1:
+        return f"{', '.join(sizes[:-1])} and {sizes[-1]} labelled cases"
+    number, _, more = sizes[0].partition(" ")
+    return f"{number} labelled case{'' if number == '1' else 's'} {more}".rstrip()

@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workspace
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.installation import discovery_folder
+from nnunetv2_misfm.trainers.monai_networks import nnUNetTrainerSwinUNETR, nnUNetTrainerUNETR
+
+NARROW: dict[type, dict[str, int]] = {
+    nnUNetTrainerSwinUNETR: {"feature_size": 12},
+    nnUNetTrainerUNETR: {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2},
+}
+BOTH = pytest.mark.parametrize("kind", list(NARROW))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    for kind, arguments in NARROW.items():
+        monkeypatch.setattr(kind, "network_arguments", arguments)
+
+
+@BOTH
+@pytest.mark.usefixtures("narrow")
+def test_one_epoch_moves_every_weight_and_the_checkpoint_rebuilds(workspace: Workspace, kind: type) -> None:
+    trainer = workspace.trainer(kind, patch_size=[12, 16, 14])
+    trainer.initialize()
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters() if name.endswith("weight")}
+    trainer.run_training()
+    assert np.isfinite(trainer.logger.get_value("val_losses", 0))
+    after = dict(trainer.network.named_parameters())
+    assert not [name for name, p in before.items() if torch.equal(p, after[name])]
+
+    checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=True)
+    meta = checkpoint["misfm_meta"]["network"]
+    rebuilt = get_network_from_plans(
+        meta["class"], meta["kwargs"], meta["kwargs_to_import"], meta["input_channels"], meta["num_classes"],
+        deep_supervision=False,
+    )  # fmt: skip
+    rebuilt.load_state_dict(checkpoint["network_weights"])
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(str(Path(trainer.output_folder).parent), (0,))
+    image = torch.randn(1, 12, 20, 14)  # two patches along the second axis
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    assert logits.shape == (3, 12, 20, 14) and torch.isfinite(logits).all()
+
+
+@BOTH
+def test_recipe_is_that_of_monais_examples(workspace: Workspace, kind: type) -> None:
+    recipe = workspace.trainer(kind).recipe
+    assert (recipe.optimizer, recipe.initial_lr, recipe.weight_decay) == ("adamw", 1e-4, 1e-5)
+    assert (recipe.lr_schedule, recipe.augmentation) == ("poly", "nnunet")
+
+
+def test_widths_of_other_networks_are_left_alone(workspace: Workspace) -> None:
+    block = {"features_per_stage": [4, 4, 8, 16, 32], "num_heads": [1, 1, 1], "attention_dropout": 0.5}
+    for kind, expected in (
+        (nnUNetTrainerSwinUNETR, {"feature_size": 48}),
+        (
+            nnUNetTrainerUNETR,
+            {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "patch_size": [16, 16, 16]},
+        ),
+    ):
+        trainer = workspace.trainer(kind, block)
+        assert trainer.network_description(trainer.plans_manager, trainer.configuration_manager)["kwargs"] == expected
+        recipe = trainer.recipe
+        assert (recipe.features_per_stage, recipe.num_heads, recipe.attention_dropout) == (None, None, None)
+    assert "patch_size" not in nnUNetTrainerUNETR.network_arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "published"),
+    # Parameters as the papers give them, for 14 and 3 classes of one and four channels
+    [(nnUNetTrainerUNETR, 92.58e6), (nnUNetTrainerSwinUNETR, 61.98e6)],
+)
+def test_widths_are_the_published_ones(workspace: Workspace, kind: type, published: float) -> None:
+    pytest.importorskip("monai")
+    trainer = workspace.trainer(kind, patch_size=[96, 96, 96])
+    network = trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 14)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(published, rel=0.005)
+
+
+@BOTH
+@pytest.mark.usefixtures("narrow")
+def test_one_output_whatever_is_asked(workspace: Workspace, kind: type) -> None:
+    trainer = workspace.trainer(kind)
+    network = trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 3, True)
+    assert isinstance(network.eval()(torch.zeros(1, 1, 16, 16, 16)), torch.Tensor)
+    assert trainer.enable_deep_supervision is False and trainer._get_deep_supervision_scales() is None
+
+
+@BOTH
+def test_2d_is_refused_at_once(workspace: Workspace, kind: type) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} expected a 3D configuration"):
+        workspace.trainer(kind, patch_size=[16, 16])
+    assert not workspace.results.exists()
+
+
+@BOTH
+def test_papers_are_cited(kind: Any) -> None:
+    paper = {nnUNetTrainerSwinUNETR: "2201.01266", nnUNetTrainerUNETR: "2103.10504"}[kind]
+    assert len(kind.citations) == 2 and "nnU-Net" in kind.citations[0] and paper in kind.citations[1]
+
+
+@BOTH
+def test_without_monai_the_run_ends_with_a_sentence(
+    workspace: Workspace, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("monai", "monai.networks", "monai.networks.nets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    trainer = workspace.trainer(kind)
+    with pytest.raises(MisfmError, match=r"pip install 'nnunetv2-misfm\[monai\]'"):
+        trainer.run_training()
+
+
+def test_the_search_of_nnunet_works_without_monai() -> None:
+    """A fresh process, since here MONAI may have been imported already."""
+    code = (
+        "import sys, json; sys.modules['monai'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "import nnunetv2_misfm_trainers as found\n"
+        "import nnunetv2_misfm.planning.configure\n"
+        "print(json.dumps(found.__all__))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(discovery_folder())], capture_output=True, text=True, check=True
+    )
+    assert {"nnUNetTrainerSwinUNETR", "nnUNetTrainerUNETR"} <= set(json.loads(ended.stdout.splitlines()[-1]))
