@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,8 +50,9 @@ class Cost:
             too); not norms, activations, softmax, pooling and interpolation.
         peak_memory_gib: GiB (2^30 bytes) at the peak of a training step with the plans' batch, not compiled, the
             optimiser's state held. On a GPU what PyTorch's tensors took, weights included, without CUDA context and
-            fragmentation. On the CPU how much the process's resident memory grew from just before the network was built.
-            NaN where it cannot be measured.
+            fragmentation. On the CPU by how much the process's resident memory grew, at most, from just before the
+            network was built (allocator settings that keep freed memory, as MALLOC_TRIM_THRESHOLD_, add to it). NaN
+            where it cannot be measured.
         memory_kind: `GPU`, `resident on the CPU`, or why there is no figure.
     """
 
@@ -76,7 +76,7 @@ def measure_cost(
         device: `cuda` or `cpu`.
 
     Raises:
-        MisfmError: There is no such trainer, plans or configuration, or a step failed (memory that did not suffice, say).
+        MisfmError: There is no such trainer, plans or configuration, or a step failed (for lack of memory, say).
     """
     command = [sys.executable, "-m", __name__, dataset, configuration, trainer, plans, device]
     with TemporaryDirectory(prefix="misfm_cost_") as results:
@@ -195,7 +195,7 @@ def _train(trainer: Any, batch: dict[str, Any]) -> None:
     trainer.train_step(dict(batch))
 
 
-def _start_resident() -> int:
+def _start_resident() -> float:
     """Returns the bytes of this process in memory now, from which its peak is counted on."""
     if not _STATUS.is_file():
         return 0
@@ -204,7 +204,7 @@ def _start_resident() -> int:
     return _resident()["VmRSS"]
 
 
-def _resident() -> Mapping[str, float]:
+def _resident() -> dict[str, float]:
     """Returns `VmRSS` (resident now) and `VmHWM` (its peak) of this process in bytes; NaN where there is no /proc.
 
     `getrusage` would not do: its peak is handed down from the process that started this one.

@@ -13,9 +13,9 @@ from nnunetv2_misfm.benchmark.commands import configure_command
 from nnunetv2_misfm.benchmark.costs import known_costs
 from nnunetv2_misfm.benchmark.grid import Cell, Grid, read_grid
 from nnunetv2_misfm.benchmark.results import RUN_COLUMNS, Results
-from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, predictions_of, scores_of, truths_of
+from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, ending_of, predictions_of, scores_of, truths_of
 from nnunetv2_misfm.benchmark.splits import splits_sha256
-from nnunetv2_misfm.benchmark.state import FINAL, State, mismatch, recorded_steps, state_of
+from nnunetv2_misfm.benchmark.state import FINAL, State, mismatch, recorded_steps, state_of, unpredicted
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.plans_file import find_plans, full_name, read_json
 from nnunetv2_misfm.trainers.finetune import REPORT_NAME
@@ -121,6 +121,10 @@ def _run_of(grid: Grid, cell: Cell, compared: str) -> tuple[dict[str, Any], pd.D
         row |= {"weights_file": weights["file"] or "", "weights_sha256": weights["sha256"] or ""}
         row["weights_share"] = weights["share"]
     try:
+        if compared == TEST and (
+            outstanding := unpredicted(grid, cell, [*truths_of(grid, cell, TEST)], ending_of(grid))
+        ):
+            raise MisfmError(f"{len(outstanding)} test cases are not predicted yet by its final weights")
         scores = scores_of(grid, cell, compared)
         row["seconds_per_epoch"] = float(np.median(_curve_of(grid, cell)["seconds"]))
     except MisfmError as error:
@@ -159,7 +163,7 @@ def _prediction_seconds(steps: list[dict[str, Any]]) -> float:
 
 
 def _images(grid: Grid, truths: dict[str, Path], compared: str) -> dict[str, Path]:
-    ending = read_json(find_plans(grid.dataset, grid.plans).parent / "dataset.json")["file_ending"]
+    ending = ending_of(grid)
     if compared == TEST:
         return {case: Path(str(grid.test)) / "imagesTs" / f"{case}_0000{ending}" for case in truths}
     raw = Path(str(nnUNet_raw)) / grid.dataset / "imagesTr"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from nnunetv2_misfm.benchmark.answer import answer, warnings
 from nnunetv2_misfm.benchmark.results import Results
@@ -121,9 +122,9 @@ def _subtitle(results: Results) -> str:
 def _render(template: str, content: dict[str, Any]) -> str:
     loader = PackageLoader("nnunetv2_misfm.benchmark")
     environment = Environment(
-        loader=loader, autoescape=".html" in template, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=loader, autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters["md"] = _markdown
+    environment.filters |= {"md": _markdown, "breakable": _breakable}
     style = loader.get_source(environment, "style.css")[0]
     return environment.get_template(template).render(**content, style=style, text_columns=_text_columns, is_gap=_is_gap)
 
@@ -132,6 +133,11 @@ def _markdown(text: object) -> str:
     """Returns text that Markdown shows as it is, on one line."""
     escaped = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(re.sub(r"([\\|*`\[\]])", r"\\\1", escaped).split())
+
+
+def _breakable(text: str) -> Markup:
+    """Returns text for HTML in which a trainer's long name may break behind `Trainer`."""
+    return Markup("Trainer<wbr>").join(escape(part) for part in text.split("Trainer"))
 
 
 def _tidy(markdown: str) -> str:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from nnunetv2_misfm.benchmark.commands import environment, predict_command, train_command
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
 from nnunetv2_misfm.benchmark.progress import Progress, RunProgress, num_epochs
-from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, scores_of, truths_of
+from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, ending_of, scores_of, truths_of
 from nnunetv2_misfm.benchmark.state import (
     RUN_FILE,
     State,
@@ -31,7 +31,7 @@ from nnunetv2_misfm.benchmark.state import (
     unpredicted,
 )
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json, write_json
+from nnunetv2_misfm.planning.plans_file import write_json
 from nnunetv2_misfm.scripts import Command, describe_machine, find_script
 
 # Lines of a failed command's output that the list of failures shows
@@ -81,7 +81,7 @@ def remaining(grid: Grid, cell: Cell, options: Options) -> list[Command]:
         )
     elif not options.skip_validation and not is_validated(grid, cell):
         commands.append(train_command(grid, cell, options.device, option="--val"))
-    if grid.test is not None and unpredicted(grid, cell, list(truths_of(grid, cell, TEST)), _ending(grid)):
+    if _outstanding(grid, cell):
         commands.append(predict_command(grid, cell, options.device, mirroring=options.mirroring))
     return commands
 
@@ -181,7 +181,9 @@ def _run_command(
         MisfmError: It failed.
     """
     log = log_file(grid, cell)
-    cases = _num_unpredicted(grid, cell)
+    outstanding = _outstanding(grid, cell)
+    for file in outstanding:
+        file.unlink(missing_ok=True)  # nnU-Net would keep the prediction of a former training
     started = time.time()
     with log.open("a") as stream:
         stream.write(f"$ {command}\n")
@@ -208,7 +210,7 @@ def _run_command(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
         "seconds": round(time.time() - started, 1),
         "status": status,
-        "cases": cases - _num_unpredicted(grid, cell),
+        "cases": len(outstanding) - len(_outstanding(grid, cell)),
         "machine": describe_machine(options.device),
     }
     write_json([*recorded_steps(grid, cell), step], grid.folder / cell.name / RUN_FILE)
@@ -220,12 +222,9 @@ def _run_command(
         raise MisfmError(f"`{command}` ended without a final checkpoint in {grid.results(cell)} (output in {log})")
 
 
-def _num_unpredicted(grid: Grid, cell: Cell) -> int:
-    return 0 if grid.test is None else len(unpredicted(grid, cell, [*truths_of(grid, cell, TEST)], _ending(grid)))
-
-
-def _ending(grid: Grid) -> str:
-    return read_json(Path(find_plans(grid.dataset, grid.plans)).parent / "dataset.json")["file_ending"]
+def _outstanding(grid: Grid, cell: Cell) -> list[Path]:
+    """Returns the prediction files that a cell still lacks."""
+    return [] if grid.test is None else unpredicted(grid, cell, [*truths_of(grid, cell, TEST)], ending_of(grid))
 
 
 def describe(outcomes: Sequence[Outcome]) -> str:

@@ -15,10 +15,14 @@ from nnunetv2_misfm.planning.plans_file import find_plans, read_json
 TEST, VALIDATION = "test", "validation"
 
 
+def ending_of(grid: Grid) -> str:
+    """Returns the ending of the dataset's image files, e.g. `.nii.gz`."""
+    return read_json(find_plans(grid.dataset, grid.plans).parent / "dataset.json")["file_ending"]
+
+
 def truths_of(grid: Grid, cell: Cell, compared: str) -> dict[str, Path]:
     """Returns the label files of the cases that a cell is compared on, by case."""
-    base = Path(str(nnUNet_preprocessed)) / grid.dataset
-    ending = read_json(base / "dataset.json")["file_ending"]
+    base, ending = Path(str(nnUNet_preprocessed)) / grid.dataset, ending_of(grid)
     if compared == TEST:
         if grid.test is None:
             raise MisfmError(f"benchmark {grid.name!r} has no test folder: compare the validation cases.")
@@ -39,7 +43,7 @@ def scores_of(grid: Grid, cell: Cell, compared: str, workers: int = 1) -> pd.Dat
     """
     file = grid.folder / cell.name / f"scores_{compared}.csv"
     truths, predictions = truths_of(grid, cell, compared), predictions_of(grid, cell, compared)
-    ending = read_json(find_plans(grid.dataset, grid.plans).parent / "dataset.json")["file_ending"]
+    ending = ending_of(grid)
     inputs = [path for case, truth in truths.items() for path in (truth, predictions / f"{case}{ending}")]
     if file.is_file() and all(path.is_file() and path.stat().st_mtime <= file.stat().st_mtime for path in inputs):
         kept = pd.read_csv(file, dtype={"case": str, "label": str})

@@ -32,6 +32,7 @@ from nnunetv2_misfm.planning.plans_file import read_json
 
 # The metrics that the paper reports; the others are folded away
 _SHOWN_FIRST = ("dice", "assd", "comparison_dice", "comparison_assd")
+_MOST_ROWS = 24  # ours: a longer table of runs is folded away
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def sections_of(results: Results) -> list[Section]:
     Raises:
         MisfmError: The trainers were not evaluated on the same cases.
     """
-    scores, comparisons = result_tables(results), comparison_tables(results)
+    scores, comparisons, runs = result_tables(results), comparison_tables(results), run_table(results)
+    long = len(runs.rows) > _MOST_ROWS
     return [
         Section(
             "scores",
@@ -127,7 +129,13 @@ def sections_of(results: Results) -> list[Section]:
         _distributions_section(results),
         Section("cost", "Cost beside quality", tables=[cost_table(results)]),
         _pictures_section(results),
-        Section("runs-section", "Runs", tables=[run_table(results)]),
+        Section(
+            "states",
+            "Runs",
+            tables=[] if long else [runs],
+            more=[runs] if long else [],
+            more_title=f"All {len(runs.rows)} runs",
+        ),
         Section(
             "reproduce",
             "How to reproduce it",

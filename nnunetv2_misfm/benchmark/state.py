@@ -33,14 +33,19 @@ def state_of(grid: Grid, cell: Cell) -> State:
 
 
 def is_validated(grid: Grid, cell: Cell) -> bool:
-    """Whether nnU-Net's final validation has run to its end."""
-    return (grid.results(cell) / "validation" / "summary.json").is_file()
+    """Whether nnU-Net's final validation has run to its end since the training did."""
+    return _is_younger(grid.results(cell) / "validation" / "summary.json", grid.results(cell) / FINAL)
 
 
-def unpredicted(grid: Grid, cell: Cell, cases: list[str], ending: str) -> list[str]:
-    """Returns the test cases that a cell has not predicted yet."""
-    folder = test_predictions(grid, cell)
-    return [case for case in cases if not (folder / f"{case}{ending}").is_file()]
+def unpredicted(grid: Grid, cell: Cell, cases: list[str], ending: str) -> list[Path]:
+    """Returns the prediction files of test cases that are missing, or older than the weights (of a former training)."""
+    final = grid.results(cell) / FINAL
+    files = [test_predictions(grid, cell) / f"{case}{ending}" for case in cases]
+    return [file for file in files if not _is_younger(file, final)]
+
+
+def _is_younger(file: Path, than: Path) -> bool:
+    return file.is_file() and than.is_file() and file.stat().st_mtime >= than.stat().st_mtime
 
 
 def mismatch(grid: Grid, cell: Cell) -> str | None:

@@ -315,7 +315,13 @@ def _judge(differences: np.ndarray, larger_is_better: bool) -> dict[str, float |
     n = len(differences)
     mean = float(differences.mean()) if n else float("nan")
     if n < 2:
-        gaps = {"low": float("nan"), "high": float("nan"), "interval": "", "p": float("nan"), "better": ""}
+        gaps: dict[str, float | str] = {
+            "low": float("nan"),
+            "high": float("nan"),
+            "interval": "",
+            "p": float("nan"),
+            "better": "",
+        }
         return {"n_cases": n, "mean_difference": mean, **gaps}
     low, high, method = bootstrap_interval(differences)
     good_end, bad_end = (low, high) if larger_is_better else (-high, -low)

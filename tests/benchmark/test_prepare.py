@@ -1,0 +1,171 @@
+"""From a request to a grid: names, folds, commands, and every fault before anything is written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import Workspace
+
+from nnunetv2_misfm.benchmark.benchmark import dry
+from nnunetv2_misfm.benchmark.grid import Draw, read_grid
+from nnunetv2_misfm.benchmark.prepare import Request, cells_of, plan_grid, prepare, weights_by_trainer
+from nnunetv2_misfm.benchmark.run import Options
+from nnunetv2_misfm.errors import MisfmError
+
+STOCK, PCT, VF = "nnUNetTrainer", "nnUNetTrainerPCTNet", "nnUNetTrainerPCTNetVF"
+
+
+def request(**changes: object) -> Request:
+    return Request(**{"dataset": "555", "configuration": "quick", "trainers": [STOCK, PCT], **changes})  # type: ignore
+
+
+def written(workspace: Workspace) -> dict[str, bytes]:
+    files = [f for f in workspace.root.rglob("*") if f.is_file() and not f.name.endswith(".lock")]
+    return {str(f): f.read_bytes() for f in files}
+
+
+def test_every_trainer_gets_every_draw(workspace: Workspace) -> None:
+    grid = plan_grid(request(folds=[0, 1], train_cases=[2, "all"], seeds=[0, 1]))
+    assert len(grid.cells) == 2 * 2 * 2 * 2
+    by_trainer = [{(c.draw, c.configuration, c.run_fold) for c in grid.cells if c.trainer == t} for t in (STOCK, PCT)]
+    assert by_trainer[0] == by_trainer[1]
+
+
+def test_planning_writes_nothing(workspace: Workspace) -> None:
+    before = written(workspace)
+    grid = plan_grid(request(train_cases=[2], test=workspace.root / "test"))
+    dry(grid, list(grid.cells), Options())
+    assert written(workspace) == before
+
+
+def test_dry_run_prints_the_exact_commands(workspace: Workspace) -> None:
+    asked = request(train_cases=[2], seeds=[3], settings=["num_epochs=5"], test=workspace.root / "test")
+    grid = plan_grid(asked)
+    test, results = workspace.root / "test", workspace.results
+    config = "quick_benchmark_n2_s3"
+    out = {t: results / "misfm_benchmark" / f"{t}__n2__fold0__seed3" / "test" for t in (STOCK, PCT)}
+    common = f"-p nnUNetPlans -i {test}/imagesTs -o"
+    assert dry(grid, cells_of(grid, asked), Options(device="cpu", mirroring=False)).splitlines() == [
+        "# the folds 2 behind those in splits_final.json",
+        "# configurations, one per number of cases and seed",
+        f"nnUNetv2_misfm configure -d Dataset555_Toy -c quick -p nnUNetPlans --name {config} num_epochs=5 seed=3",
+        "# 2 cases, fold 0, seed 3: nnU-Net's fold 2, 2 training and 2 validation cases",
+        f"nnUNetv2_train Dataset555_Toy {config} 2 -tr nnUNetTrainerBaseline -p nnUNetPlans -device cpu",
+        f"nnUNetv2_predict -d Dataset555_Toy -c {config} -f 2 -tr nnUNetTrainerBaseline {common} {out[STOCK]} "
+        "-device cpu --continue_prediction --disable_tta",
+        f"nnUNetv2_train Dataset555_Toy {config} 2 -tr {PCT} -p nnUNetPlans -device cpu",
+        f"nnUNetv2_predict -d Dataset555_Toy -c {config} -f 2 -tr {PCT} {common} {out[PCT]} "
+        "-device cpu --continue_prediction --disable_tta",
+    ]
+
+
+def test_the_stock_trainer_is_untouched_unless_its_length_is_set(workspace: Workspace) -> None:
+    runs = {s: plan_grid(request(settings=[s])).cells[0].run_trainer for s in ("batch_size=2", "num_epochs=2")}
+    assert runs == {"batch_size=2": STOCK, "num_epochs=2": "nnUNetTrainerBaseline"}
+
+
+def test_what_is_written_is_what_was_planned(workspace: Workspace) -> None:
+    asked = request(folds=[1], train_cases=[2, 3], seeds=[4], settings=["num_epochs=9"])
+    grid = plan_grid(asked)
+    prepare(grid)
+    assert read_grid("Dataset555_Toy", "benchmark") == grid
+    plans = json.loads((workspace.base / "nnUNetPlans.json").read_text())["configurations"]
+    for count in (2, 3):
+        block = plans[f"quick_benchmark_n{count}_s4"]["misfm"]
+        assert (block["num_epochs"], block["seed"], block["num_iterations_per_epoch"]) == (9, 4, 2)
+    splits = json.loads((workspace.base / "splits_final.json").read_text())
+    for cell in grid.cells:
+        assert splits[cell.run_fold] == grid.splits[cell.draw.name]
+        assert len(splits[cell.run_fold]["train"]) == cell.draw.train_cases
+
+
+def test_more_trainers_and_draws_join_a_recorded_benchmark(workspace: Workspace) -> None:
+    prepare(plan_grid(request(train_cases=[3])))
+    more = request(trainers=[PCT, "nnUNetTrainerFMUNet"], train_cases=[2, 3])
+    grid = plan_grid(more)
+    assert {*grid.trainers} == {STOCK, PCT, "nnUNetTrainerFMUNet"}
+    assert {(c.trainer, c.draw.train_cases) for c in cells_of(grid, more)} == {
+        (PCT, 2),
+        (PCT, 3),
+        ("nnUNetTrainerFMUNet", 2),
+        ("nnUNetTrainerFMUNet", 3),
+    }
+    assert (STOCK, Draw(3, 0, 0)) in {(c.trainer, c.draw) for c in grid.cells}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"settings": ["num_epochs=3"]}, "was begun with settings none, got num_epochs=3"),
+        ({"tolerance_mm": 2.0}, "was begun with tolerance_mm 1.0, got 2.0"),
+        ({"configuration": "3d_fullres"}, "was begun with configuration quick, got 3d_fullres"),
+    ],
+)
+def test_a_recorded_benchmark_keeps_its_settings(workspace: Workspace, changes: dict, sentence: str) -> None:
+    prepare(plan_grid(request()))
+    with pytest.raises(MisfmError, match=sentence):
+        plan_grid(request(**changes))
+    plan_grid(request(**changes, name="other"))
+
+
+def test_changed_splits_are_noticed(workspace: Workspace) -> None:
+    prepare(plan_grid(request(train_cases=[2])))
+    file = workspace.base / "splits_final.json"
+    splits = json.loads(file.read_text())
+    file.write_text(json.dumps([splits[1], splits[0], *splits[2:]]))
+    with pytest.raises(MisfmError, match="begun with other cases for n2__fold0__seed0: splits_final.json changed"):
+        plan_grid(request(train_cases=[2]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trainers": ["nnUNetTrainerPCTNett"]}, "expected the name of a trainer that nnU-Net finds, got"),
+        ({"trainers": ["nnUNetTrainerVFPretrain"]}, "expected trainers that learn from labels, got nnUNetTrainerVFP"),
+        ({"configuration": "2d"}, "expected one of the configurations 3d_fullres, quick of .*, got '2d'"),
+        ({"folds": [9]}, "expected one of the folds 0 to 1 or 'all', got 9"),
+        ({"train_cases": [50]}, "at most the 6 training cases of fold 0, got --train-cases 50"),
+        ({"folds": ["all"]}, "expected --test DIR with the fold 'all', got none"),
+        ({"trainers": [VF]}, "would find none: pretrain first with nnUNetv2_train Dataset555_Toy 3d_fullres all -tr"),
+        ({"trainers": [VF], "weights": {VF: Path("absent.pth")}}, "weights for nnUNetTrainerPCTNetVF at .*, found none"),
+        ({"weights": {VF: Path("absent.pth")}}, "expected --weights for one of nnUNetTrainer, .*, got them for"),
+        ({"name": "a__b"}, "expected a --name of letters"),
+        ({"dataset": "777"}, "expected the number or name of a dataset, got '777'"),
+        ({"test": Path("nowhere")}, r"expected labels \*.nii.gz in .*nowhere/labelsTs, found none"),
+    ],
+)  # fmt: skip
+def test_faults_are_named_before_anything_is_written(workspace: Workspace, changes: dict, sentence: str) -> None:
+    before = written(workspace)
+    with pytest.raises(MisfmError, match=sentence):
+        plan_grid(request(**changes))
+    assert written(workspace) == before
+
+
+def test_test_cases_are_not_training_cases(workspace: Workspace) -> None:
+    test, truths = workspace.root / "test", workspace.base / "gt_segmentations"
+    twin = sorted(truths.glob("*.nii.gz"))[3]
+    (test / "labelsTs" / "copy.nii.gz").write_bytes(twin.read_bytes())
+    (test / "imagesTs" / "copy_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(MisfmError, match=f"copy.nii.gz equals the training case {twin.name}"):
+        plan_grid(request(test=test))
+    os.rename(test / "labelsTs" / "copy.nii.gz", test / "labelsTs" / twin.name)
+    with pytest.raises(MisfmError, match="1 files missing"):
+        plan_grid(request(test=test))
+    os.rename(test / "imagesTs" / "copy_0000.nii.gz", test / "imagesTs" / twin.name.replace(".nii", "_0000.nii"))
+    with pytest.raises(MisfmError, match=r"are named as cases of Dataset555_Toy \(1 in all\)"):
+        plan_grid(request(test=test))
+
+
+def test_weights_are_taken_from_a_finished_pretraining(workspace: Workspace) -> None:
+    run = workspace.results / "nnUNetTrainerPCTNetVFPretrain__nnUNetPlans__3d_fullres" / "fold_all"
+    run.mkdir(parents=True)
+    (run / "checkpoint_final.pth").write_bytes(b"")
+    assert plan_grid(request(trainers=[VF])).weights == {}
+
+
+def test_weights_are_texts_of_trainer_and_file() -> None:
+    assert weights_by_trainer(["A=x=y.pth", "B=/z"]) == {"A": Path("x=y.pth"), "B": Path("/z")}
+    for wrong in ("A", "=x", "A="):
+        with pytest.raises(MisfmError, match=f"expected --weights of the form TRAINER=FILE, got '{wrong}'"):
+            weights_by_trainer([wrong])

@@ -1,0 +1,199 @@
+"""Running a grid: order, skipping, resuming, failures, GPUs; nnU-Net's commands by a stand-in."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Workspace
+from filelock import FileLock
+
+from nnunetv2_misfm.benchmark.grid import Grid
+from nnunetv2_misfm.benchmark.prepare import Request, plan_grid, prepare
+from nnunetv2_misfm.benchmark.progress import Progress, num_epochs
+from nnunetv2_misfm.benchmark.run import Options, Outcome, describe, remaining, run_grid
+from nnunetv2_misfm.benchmark.scores import scores_of
+from nnunetv2_misfm.benchmark.state import State, mismatch, recorded_steps, state_of
+from nnunetv2_misfm.errors import MisfmError
+
+STOCK, PCT = "nnUNetTrainer", "nnUNetTrainerPCTNet"
+CPU = Options(device="cpu")
+Commands = Callable[[], list[str]]
+
+
+def made_grid(workspace: Workspace, test: bool = True, **changes: object) -> Grid:
+    fields = {"dataset": "555", "configuration": "quick", "trainers": [STOCK, PCT], "settings": ["num_epochs=1"]}
+    grid = plan_grid(Request(**{**fields, "test": workspace.root / "test" if test else None, **changes}))  # type: ignore
+    prepare(grid)
+    return grid
+
+
+def states(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.state for outcome in outcomes]
+
+
+def test_cells_run_one_after_another_and_once(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, train_cases=[2, "all"])
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"] * 4
+    ran = stand_in()
+    assert [line.split()[0] for line in ran] == ["nnUNetv2_train", "nnUNetv2_predict"] * 4
+    assert [line.split()[2:4] for line in ran[::2]] == [
+        ["quick_benchmark_n2_s0", "2"],
+        ["quick_benchmark_n2_s0", "2"],
+        ["quick_benchmark_nall_s0", "0"],
+        ["quick_benchmark_nall_s0", "0"],
+    ]
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"] * 4
+    assert stand_in() == ran
+
+
+def test_a_failed_cell_is_listed_and_the_others_go_on(
+    workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = made_grid(workspace)
+    monkeypatch.setenv("FAIL", "nnUNetTrainerBaseline")
+    outcomes = run_grid(grid, grid.cells, CPU)
+    assert states(outcomes) == ["failed", "finished"]
+    said = describe(outcomes)
+    assert "failed: nnUNetTrainer with all cases, fold 0, seed 0: `nnUNetv2_train" in said
+    assert "ended with status 1: " in said and "CUDA out of memory" in said
+    assert said.endswith("1 finished, 1 failed")
+    monkeypatch.delenv("FAIL")
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished", "finished"]
+
+
+def test_a_cut_training_goes_on(workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    monkeypatch.setenv("CUT", PCT)
+    assert states(run_grid(grid, grid.cells, CPU)) == ["failed"]
+    assert state_of(grid, grid.cells[0]) is State.CUT
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"]
+    assert ["--c" in line.split() for line in stand_in()] == [False, True, False]
+    titles = [step["title"] for step in recorded_steps(grid, grid.cells[0])]
+    assert titles == ["train", "go on training", "predict"]
+
+
+def test_missing_parts_are_made_up_for(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, Options(device="cpu", skip_validation=True))
+    (cell,) = grid.cells
+    assert remaining(grid, cell, Options(device="cpu", skip_validation=True)) == []
+    (next((grid.folder / cell.name / "test").glob("*.nii.gz"))).unlink()
+    assert [c.title for c in remaining(grid, cell, CPU)] == ["validate", "predict"]
+    run_grid(grid, grid.cells, CPU)
+    assert [line.split()[0] for line in stand_in()[2:]] == ["nnUNetv2_train", "nnUNetv2_predict"]
+    assert " --val " in stand_in()[2]
+
+
+def test_without_a_test_folder_the_validation_cases_are_scored(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, test=False, trainers=[PCT])
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"]
+    scores = scores_of(grid, grid.cells[0], "validation")
+    assert sorted({*scores["case"]}) == sorted(grid.splits["nall__fold0__seed0"]["val"])
+    assert (scores["dice"] == 1).all()
+    with pytest.raises(MisfmError, match="expected --test DIR with --skip-validation, got none"):
+        run_grid(grid, grid.cells, Options(device="cpu", skip_validation=True))
+
+
+def test_every_gpu_has_one_run_at_a_time(
+    workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr("nnunetv2_misfm.benchmark.run.describe_machine", lambda device: "two GPUs")
+    grid = made_grid(workspace, train_cases=[2, 3])
+    assert states(run_grid(grid, grid.cells, Options(jobs=2))) == ["finished"] * 4
+    assert {line.split()[-1] for line in stand_in()} == {"2", "5"}
+    with pytest.raises(MisfmError, match="expected at most 2 GPUs, as many as PyTorch finds, got --gpus 3"):
+        run_grid(grid, grid.cells, Options(jobs=3))
+
+
+def test_a_cell_of_another_process_is_left_to_it(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace)
+    folder = grid.folder / grid.cells[0].name
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        assert states(run_grid(grid, grid.cells, CPU)) == ["elsewhere", "finished"]
+
+
+def test_results_of_other_plans_are_named(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    (cell,) = grid.cells
+    assert mismatch(grid, cell) is None
+    file = workspace.base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    file.write_text(json.dumps(plans))
+    assert "comes from other plans: spacing of quick_benchmark_nall_s0 differ" in str(mismatch(grid, cell))
+    outcomes = run_grid(grid, grid.cells, CPU)
+    assert states(outcomes) == ["failed"]
+    assert "comes from other plans" in outcomes[0].why
+
+
+def test_results_of_other_classes_are_named(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    file = workspace.base / "dataset.json"
+    content = json.loads(file.read_text())
+    content["labels"]["fourth"] = 3
+    file.write_text(json.dumps(content))
+    assert "was trained on the classes background, organ, lesion" in str(mismatch(grid, grid.cells[0]))
+
+
+def test_scores_are_computed_anew_when_predictions_change(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    (cell,) = grid.cells
+    first = scores_of(grid, cell, "test")
+    kept = (grid.folder / cell.name / "scores_test.csv").stat().st_mtime_ns
+    assert scores_of(grid, cell, "test").equals(first)
+    assert (grid.folder / cell.name / "scores_test.csv").stat().st_mtime_ns == kept
+    a, b = sorted((grid.folder / cell.name / "test").glob("*.nii.gz"))
+    a.write_bytes(b.read_bytes())
+    os.utime(a, (time.time() + 5, time.time() + 5))
+    assert scores_of(grid, cell, "test")["dice"].min() < 1
+
+
+def test_predictions_of_a_former_training_are_made_anew(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    (cell,) = grid.cells
+    final = grid.results(cell) / "checkpoint_final.pth"
+    os.utime(final, (time.time() + 60, time.time() + 60))
+    assert [c.title for c in remaining(grid, cell, CPU)] == ["validate", "predict"]
+    stale = next((grid.folder / cell.name / "test").glob("*.nii.gz"))
+    os.utime(final, (time.time() - 60, time.time() - 60))
+    stale.write_bytes(b"of a former training")
+    os.utime(stale, (time.time() - 120, time.time() - 120))
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"]
+    assert stale.read_bytes() != b"of a former training"
+
+
+def test_the_bar_follows_nnunets_epochs(capsys: pytest.CaptureFixture) -> None:
+    progress = Progress(30)
+    run = progress.run(10)
+    for line in ("2026-01-01: Epoch 0\n", "Epoch time: 3.2 s\n", "2026-01-01: Epoch 4\n", "2026-01-01: Epoch 4\n"):
+        run.read(line)
+    assert progress._bar.n == 4
+    run.finish()
+    assert progress._bar.n == 10
+    progress.close()
+
+
+def test_lengths_of_runs_are_known() -> None:
+    assert num_epochs("nnUNetTrainer", ()) == 1000
+    assert num_epochs("nnUNetTrainer_250epochs", ()) == 250
+    assert num_epochs("nnUNetTrainerPCTNet", ("batch_size=2", "num_epochs=40")) == 40
+
+
+def test_logs_hold_commands_and_output(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    log = Path(grid.folder / grid.cells[0].name / "log.txt").read_text()
+    assert "$ nnUNetv2_train Dataset555_Toy quick_benchmark_nall_s0 0 -tr nnUNetTrainerPCTNet" in log
+    assert "Epoch 0" in log
+    first = recorded_steps(grid, grid.cells[0])[0]
+    assert (first["status"], first["cases"]) == (0, 0)
+    assert recorded_steps(grid, grid.cells[0])[1]["cases"] == 2
