@@ -19,6 +19,11 @@ SHAPE = (24, 28, 24)
 POOL, ORGANS = "Dataset900_Pool", "Dataset901_Organs"
 PCT_PRETRAIN, PCT_VF = "nnUNetTrainerPCTNetVFPretrain", "nnUNetTrainerPCTNetVF"
 
+QUICK = (
+    "num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "seed=3", "batch_size=2",
+    "features_per_stage=[4,4,8,16,32]", "num_heads=[1,1,1]", "architecture.features_per_stage=[4,8,16]",
+)  # fmt: skip
+
 
 def write_dataset(folder: Path, labelled: bool) -> None:
     """Six training cases and one test case of the toy dataset, as files; without labels, all but a margin is body."""
@@ -100,3 +105,11 @@ def parallel(*jobs: Callable[[], None]) -> None:
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(job) for job in jobs]:
             future.result()
+
+
+def plan_and_configure(world: World, number: str) -> None:
+    plan = ("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1")
+    # without data workers nnU-Net's planner asks PyTorch for no thread at all, an error
+    world.run(f"plan {number}", *plan, "--verify_dataset_integrity", nnUNet_n_proc_DA="1")
+    configure = ("nnUNetv2_misfm", "configure", "-d", number, "-c", "3d_fullres", "--name", "quick")
+    world.run(f"configure {number}", *configure, *QUICK)

@@ -15,6 +15,9 @@ import nnunetv2_misfm.planning.plan
 import nnunetv2_misfm.preview
 import nnunetv2_misfm.weights.convert
 from nnunetv2_misfm import installation
+from nnunetv2_misfm.benchmark import benchmark, gather, report
+from nnunetv2_misfm.benchmark.prepare import Request
+from nnunetv2_misfm.benchmark.run import Options
 from nnunetv2_misfm.cli import main
 from nnunetv2_misfm.data import import_dataset, preprocess
 from nnunetv2_misfm.data.import_dataset import Workers
@@ -24,7 +27,8 @@ from nnunetv2_misfm.installation import Finding
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = (
-    *("path", "enable", "disable", "check", "import", "preprocess", "configure", "plan", "preview", "convert", "demo"),
+    *("path", "enable", "disable", "check", "import", "preprocess", "configure", "plan", "preview", "convert"),
+    *("benchmark", "report", "demo"),
 )
 
 
@@ -217,6 +221,8 @@ def test_unsupported_nnunet_is_told_before_anything_of_it_is_used(
         "convert": ["f.pt"],
         "preprocess": ["-d", "4"],
         "import": ["--input", "a", "-d", "4"],
+        "benchmark": ["-d", "4", "-c", "c", "--trainers", "nnUNetTrainer"],
+        "report": ["-d", "4", "-o", "o"],
     }
     assert main([command, *needed.get(command, [])]) == 2
     assert capsys.readouterr().err == f"nnUNetv2_misfm {command}: nnunetv2 2.5 is installed.\n"
@@ -251,6 +257,47 @@ def test_preprocess_hands_on_its_options(capsys: Capture, monkeypatch: pytest.Mo
         ("900", ["a", "b"], "mine", None, "tcp://h:1"),
     ]
     assert capsys.readouterr().out == "done\n" * 3
+
+
+def test_benchmark_hands_on_its_options(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(("done", 1))
+    monkeypatch.setattr(benchmark, "benchmark", recorder)
+    few = ["benchmark", "-d", "4", "-c", "3d_fullres", "--trainers", "nnUNetTrainer"]
+    assert main(few) == 1
+    many = (
+        "--folds 0 all --train-cases 5 all --seeds 1 2 --epochs 7 --set batch_size=2 --weights A=b.pth --test t -p mine"
+    )
+    how = "--tolerance 2 --device cpu --jobs 3 --gpus 8 --disable-tta --skip-validation --dry-run --name x"
+    assert main([*few, *many.split(), *how.split()]) == 1
+    assert main([*few, "--gpus", "8"]) == 1
+    request = Request(
+        *("4", "3d_fullres", ["nnUNetTrainer"], "mine", [0, "all"], [5, "all"], [1, 2]),
+        *(["num_epochs=7", "batch_size=2"], Path("t"), {"A": Path("b.pth")}, "x", 2.0),
+    )
+    default = Request("4", "3d_fullres", ["nnUNetTrainer"], folds=[0], train_cases=["all"], seeds=[0], settings=[])
+    assert recorder.calls == [
+        (default, Options(), False),
+        (request, Options("cpu", 3, mirroring=False, skip_validation=True), True),
+        (default, Options(jobs=8), False),
+    ]
+    assert capsys.readouterr() == ("done\n" * 3, "")
+
+
+def test_report_hands_on_its_options(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathering, writing = Recorder("results"), Recorder(Path("there/report.html"))
+    monkeypatch.setattr(gather, "gather", gathering)
+    monkeypatch.setattr(report, "write_report", writing)
+    assert main(["report", "-d", "4", "-o", "there"]) == 0
+    assert main(["report", "-d", "4", "-o", "there", "--name", "x", "--on", "validation"]) == 0
+    assert gathering.calls == [("4", "benchmark", None), ("4", "x", "validation")]
+    assert writing.calls == [("results", Path("there"))] * 2
+    assert capsys.readouterr() == ("wrote there/report.html\n" * 2, "")
+
+
+@pytest.mark.parametrize("wrong", [["--train-cases", "few"], ["--folds", "-1"], ["--gpus", "0"], ["--device", "tpu"]])
+def test_benchmark_refuses_impossible_options(capsys: Capture, wrong: list[str]) -> None:
+    assert exit_of(["benchmark", "-d", "4", "-c", "c", "--trainers", "nnUNetTrainer", *wrong]) == 2
+    assert "expected" in (said := capsys.readouterr().err) or "invalid choice" in said
 
 
 @pytest.mark.parametrize("wrong", [["--workers", "0"], ["--min-size", "-3"], ["--workers", "2", "--scheduler", "x"]])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from commands import ORGANS, PCT_PRETRAIN, PCT_VF, POOL, SHAPE, World, parallel, write_dataset
+from commands import ORGANS, PCT_PRETRAIN, PCT_VF, POOL, SHAPE, World, parallel, plan_and_configure, write_dataset
 from nnunetv2.run.run_training import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -33,10 +33,6 @@ OTHER_PAIRS = {
     "nnUNetTrainerFMUNetVF": "nnUNetTrainerFMUNetVFPretrain",
 }
 OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerFMUNet", "nnUNetTrainerBaseline", *OTHER_PAIRS)
-QUICK = (
-    "num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "seed=3", "batch_size=2",
-    "features_per_stage=[4,4,8,16,32]", "num_heads=[1,1,1]", "architecture.features_per_stage=[4,8,16]",
-)  # fmt: skip
 FOUR_ROUTES = (
     "nnUNetTrainerPCTNetVF expected pretrained weights and found none by any of its four routes: 1. -pretrained_weights"
 )
@@ -67,14 +63,6 @@ if __name__ == "__main__":
         sys.argv = ["nnUNetv2_train", "901", "quick", "0", "-tr", name, "-device", "cpu"]
         run_training_entry()
 """
-
-
-def plan_and_configure(world: World, number: str) -> None:
-    plan = ("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1")
-    # without data workers nnU-Net's planner asks PyTorch for no thread at all, an error
-    world.run(f"plan {number}", *plan, "--verify_dataset_integrity", nnUNet_n_proc_DA="1")
-    configure = ("nnUNetv2_misfm", "configure", "-d", number, "-c", "3d_fullres", "--name", "quick")
-    world.run(f"configure {number}", *configure, *QUICK)
 
 
 def prepare_pool(world: World) -> None:

@@ -51,8 +51,8 @@ class Cost:
         peak_memory_gib: GiB (2^30 bytes) at the peak of a training step with the plans' batch, not compiled, the
             optimiser's state held. On a GPU what PyTorch's tensors took, weights included, without CUDA context and
             fragmentation. On the CPU by how much the process's resident memory grew, at most, from just before the
-            network was built (allocator settings that keep freed memory, as MALLOC_TRIM_THRESHOLD_, add to it). NaN
-            where it cannot be measured.
+            network was built (what a first step loads once, some 50 MB, and memory that the allocator keeps are in it).
+            NaN where it cannot be measured.
         memory_kind: `GPU`, `resident on the CPU`, or why there is no figure.
     """
 

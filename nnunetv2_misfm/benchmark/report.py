@@ -122,7 +122,7 @@ def _subtitle(results: Results) -> str:
 def _render(template: str, content: dict[str, Any]) -> str:
     loader = PackageLoader("nnunetv2_misfm.benchmark")
     environment = Environment(
-        loader=loader, autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=loader, autoescape=".html" in template, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters |= {"md": _markdown, "breakable": _breakable}
     style = loader.get_source(environment, "style.css")[0]
