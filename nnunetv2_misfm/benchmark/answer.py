@@ -22,7 +22,7 @@ _NAMED_AT_MOST = 5  # ours: the table of runs names all
 _WORDS = {
     "better": "better with {}",
     "worse": "worse with {}",
-    "level": "level with {}, as the interval contains zero",
+    "level": "no clear difference with {}",
     "none": "without an interval, as there is a single case, with {}",
 }
 
@@ -31,8 +31,8 @@ def answer(results: Results) -> list[str]:
     """Returns the comparisons in mean Dice that matter, and what is missing.
 
     They are those of fine-tuned trainers with stock nnU-Net and with their counterparts from scratch; where no trainer
-    is fine-tuned, those of all with stock. "Better" and "worse" mean that the 95 % interval excludes zero, else it is
-    "level"; nothing is said of what was not run.
+    is fine-tuned, those of all with stock. "Better" and "worse" mean that the 95 % interval excludes zero and the corrected
+    p is below 0.05; nothing is said of what was not run.
 
     Raises:
         MisfmError: The trainers were not evaluated on the same cases.

@@ -90,7 +90,8 @@ def definitions(results: Results) -> list[tuple[str, str]]:
         ),
         (
             "Better, worse, level",
-            "The 95 % interval lies above zero, below zero, or contains it; the direction is the metric's.",
+            "Better and worse: the 95 % interval excludes zero and the corrected p is below 0.05. Level is all else: no "
+            "clear difference, which is no proof of equality.",
         ),
         (
             "p",

@@ -10,6 +10,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from nnunetv2_misfm.benchmark.colours import STYLE, trainer_colours, trainer_markers
@@ -131,7 +132,7 @@ def distributions(results: Results) -> dict[str, Figure]:
     scores = case_scores(results.cases, draws)
     trainers = results.grid.trainers
     colours = trainer_colours(trainers)
-    lowest = 100 * scores["dice"].min()  # one axis for all numbers of cases
+    lowest, highest = 100 * scores["dice"].min(), 100 * scores["dice"].max()  # one axis for all numbers of cases
     figures = {}
     for size in sorted(set(scores["train_cases"]), key=size_order):
         of_size = scores[scores["train_cases"] == size]
@@ -146,7 +147,11 @@ def distributions(results: Results) -> dict[str, Figure]:
                     place = row + 0.8 * ((i + 0.5) / len(shown) - 0.5)
                     _box(axes, dice, place, 0.6 / len(shown), colours[trainer], jitter)
             axes.set_yticks(range(len(results.labels)), results.labels)
-            axes.set(xlabel="Dice of a case (%)", xlim=(lowest - 2, 101), ylim=(len(results.labels) - 0.5, -0.5))
+            axes.set(
+                xlabel="Dice of a case (%)",
+                xlim=(lowest - 2, min(highest + 2, 101)),
+                ylim=(len(results.labels) - 0.5, -0.5),
+            )
             axes.grid(axis="y", visible=False)
 
         panel_inches = 0.3 + len(results.labels) * (0.15 + 0.17 * len(shown))
@@ -212,9 +217,9 @@ def _figure(
     legend_inches = -(-len(shown) // _LEGEND_COLUMNS) * _LEGEND_ROW_INCHES + 0.12
     with style.context(["default", STYLE]):
         height = rows * (panel_inches + 0.55) + legend_inches + 0.1
-        figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+        engine = ConstrainedLayoutEngine(rect=(0.005, 0, 0.99, 1 - legend_inches / height))
+        figure = Figure(figsize=(_WIDTH_INCHES, height), layout=engine)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(rect=(0.005, 0, 0.99, 1 - legend_inches / height))
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for place, (title, draw) in zip(axes, panels, strict=False):
             place.set_title(title, loc="left")

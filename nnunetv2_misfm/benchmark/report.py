@@ -125,7 +125,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
         loader=loader, autoescape=".html" in template, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters |= {"md": _markdown, "breakable": _breakable}
-    style = loader.get_source(environment, "style.css")[0]
+    style = Markup(loader.get_source(environment, "style.css")[0])  # ours; quotes in it are not to be escaped
     return environment.get_template(template).render(**content, style=style, text_columns=_text_columns, is_gap=_is_gap)
 
 

@@ -23,6 +23,7 @@ SharedDraws = Mapping[str, Sequence[tuple[str, int]]]
 
 KEYS = ["fold", "seed", "case", "label"]  # what tells the scores of a trainer at one number of training cases apart
 MEAN = "mean"  # stands among the labels for the mean over the classes of a case
+ALPHA = 0.05  # of the corrected p below which a difference is called one; the usual level
 CONFIDENCE = 0.95  # the and the field's usual level
 RESAMPLES = 9_999  # scipy's default: the ends of the interval move by about a hundredth of its width
 SEED = 0  # of the resampling; any would do, a fixed one makes a report reproducible
@@ -199,7 +200,8 @@ def compare(
     Returns:
         One row per metric, number of training cases and pair: `trainer`, `reference`, `train_cases`, `metric`,
         `n_cases`, `mean_difference`, `low` and `high` (ends of the 95 % interval), `interval` (BCa, percentile or
-        empty), `p`, `p_holm`, `better` (better, worse or level: the interval against zero; empty without an interval).
+        empty), `p`, `p_holm`, `better` (better or worse where the interval excludes zero and `p_holm` is below 0.05, else level; empty
+        without an interval).
         A pair of which one has no scores keeps its row with 0 cases; fewer than two cases have neither interval nor p
         (NaN).
 
@@ -224,6 +226,7 @@ def compare(
         family = (result["metric"] == metric) & result["p"].notna()
         if family.any():
             result.loc[family, "p_holm"] = multipletests(result.loc[family, "p"], method="holm")[1]
+    result.loc[result["better"].isin(["better", "worse"]) & (result["p_holm"] >= ALPHA), "better"] = "level"
     return result
 
 

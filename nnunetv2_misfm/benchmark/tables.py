@@ -280,8 +280,8 @@ def _comparison_table(metric: str, compared: pd.DataFrame) -> Table:
         f"Differences of the cases' class means in {shown.unit}, first minus second; "
         f"{'above' if shown.larger_is_better else 'below'} zero the first is better. Interval: bootstrap over cases, "
         "95 %; it does not hold the spread over seeds. p: Wilcoxon's signed-rank test, two-sided; Holm's correction is "
-        f"over the {len(counts)} comparisons of this table. The verdict says whether the interval, "
-        f"which is not corrected for the number of comparisons, excludes zero.{few}",
+        f"over the {len(counts)} comparisons of this table. Better and worse ask for an "
+        f"interval without zero and a corrected p below 0.05; all else is level.{few}",
         ["pair", "training cases", "n cases", "difference", "95 % interval", "p", "p (Holm)", "verdict"],
         rows,
     )

@@ -163,6 +163,16 @@ def test_voxels_keep_their_proportions(results: Results) -> None:
     assert drawn(results, "case_002").axes[0].get_aspect() == pytest.approx(2.5)
 
 
+def test_the_head_is_up_in_a_view_from_the_front(results: Results) -> None:
+    low, high = drawn(results, "case_002").axes[0].get_ylim()  # from above: rows run downwards, to the back
+    assert low > high
+    for files in (results.images, results.truths):
+        image = sitk.ReadImage(str(files["case_002"]))
+        write(files["case_002"], sitk.GetArrayFromImage(image), (1.0, 3.0, 1.0))
+    low, high = drawn(results, "case_002").axes[0].get_ylim()  # rows run to the head
+    assert low < high
+
+
 def test_scans_are_turned_upright(tmp_path: Path) -> None:
     voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     image = sitk.GetImageFromArray(voxels)

@@ -116,7 +116,7 @@ def test_names_are_escaped(written: tuple[Results, Path], page: Page) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
-def test_the_page_needs_nothing_from_elsewhere(page: Page) -> None:
+def test_the_page_needs_nothing_from_elsewhere(written: tuple[Results, Path], page: Page) -> None:
     images = page.all("img")
     assert len(images) == 7  # Dice, curves, two sizes, three cases
     assert all((image["src"] or "").startswith("data:image/png;base64,") and image["alt"] for image in images)
@@ -128,6 +128,8 @@ def test_the_page_needs_nothing_from_elsewhere(page: Page) -> None:
         for name in ("src", "href", "srcset", "data", "poster", "action"):
             if re.match(r"(\w+:)?//", attributes.get(name) or ""):
                 assert tag == "a", f"{tag} loads {attributes[name]}"
+    html = (written[1] / "report.html").read_text(encoding="utf-8")
+    assert '"Segoe UI"' in html[: html.index("</style>")]
     assert page.all("html")[0]["lang"] == "en-GB"
 
 

@@ -30,6 +30,7 @@ document.querySelector("iframe").addEventListener("load", event => {{
   const page = event.target.contentDocument, root = page.documentElement;
   const measure = () => ({{
     width: root.clientWidth,
+    font: getComputedStyle(page.body).fontFamily,
     scrolls: Math.max(root.scrollWidth, page.body.scrollWidth),
     images: Array.from(page.images, image => image.complete ? image.naturalWidth : 0),
     sticky: Array.from(page.querySelectorAll(".scroll"), box => {{
@@ -79,6 +80,7 @@ def test_nothing_but_tables_and_figures_scrolls_sideways_and_every_image_is_show
     assert measured, f"the browser measured nothing: {run.stderr[-500:]}"
     for state in json.loads(html.unescape(measured.group(1))):
         assert width - 20 <= state["width"] <= width  # a scroll bar may take the rest
+        assert "Segoe UI" in state["font"]  # the style sheet was understood
         assert state["scrolls"] <= state["width"]
         assert len(state["images"]) == page.count("<img ") and min(state["images"]) > 100
         assert all(state["sticky"])

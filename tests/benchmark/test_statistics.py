@@ -211,9 +211,9 @@ def test_the_interval_agrees_with_a_slow_bootstrap():
 
 
 def test_equal_differences_have_an_interval_of_a_point():
-    table = compare(of_differences({"5": [0.1] * 4}), [("a", "b")], ["dice", "assd_mm"])
+    table = compare(of_differences({"5": [0.1] * 8}), [("a", "b")], ["dice", "assd_mm"])
     assert table["low"].tolist() == table["high"].tolist() == pytest.approx([0.1, -0.1])
-    assert table["interval"].tolist() == ["percentile"] * 2 and table["better"].tolist() == ["better"] * 2
+    assert table["interval"].tolist() == ["percentile"] * 2 and table["better"].tolist() == ["better"] * 2  # p = 2 / 2^8
 
 
 def test_no_difference_at_all_is_level_with_p_one():
@@ -227,6 +227,13 @@ def test_one_case_has_a_difference_and_nothing_else():
     assert np.isnan([row["low"], row["high"], row["p"], row["p_holm"]]).all()
 
 
+def test_an_interval_without_zero_is_level_where_the_corrected_p_is_not_small():
+    scores = of_differences({"5": [0.1, 0.2, 0.15, 0.12, 0.3, 0.2]})  # p = 2 / 2^6 = 0.031
+    assert compare(scores, [("a", "b")], ["dice"])["better"].tolist() == ["better"]
+    table = compare(scores, [("a", "b"), ("b", "a")], ["dice"])
+    assert (table["low"] * table["high"] > 0).all() and table["better"].tolist() == ["level"] * 2
+
+
 def test_two_cases_have_an_interval_of_percentiles():
     [row] = compare(of_differences({"5": [0.1, 0.3]}), [("a", "b")], ["dice"]).to_dict("records")
     # A resample holds 0.1 twice, or 0.3 twice, with a chance of a quarter each
@@ -234,7 +241,8 @@ def test_two_cases_have_an_interval_of_percentiles():
 
 
 def test_lower_distances_are_better_and_the_mirrored_pair_is_worse():
-    scores = of_differences({"5": [0.1, 0.2, 0.15, 0.12, 0.3], "10": [0.1, -0.1, 0.05, -0.05, 0.01]})
+    positive = [0.1, 0.2, 0.15, 0.12, 0.3, 0.11, 0.21, 0.16, 0.13, 0.31]
+    scores = of_differences({"5": positive, "10": [0.1, -0.1, 0.05, -0.05, 0.01]})
     table = compare(scores, [("a", "b"), ("b", "a")])
     for _, of_metric in table.groupby("metric"):
         assert of_metric["better"].tolist() == ["better", "worse", "level", "level"]

@@ -141,17 +141,17 @@ def test_different_cases_are_an_error():
 
 
 def test_comparisons_show_difference_interval_and_verdict():
-    base = with_dice(results(sizes=("5",), cases=6), {STOCK: 0.8, SCRATCH: 0.75, FINETUNED: 0.8})
+    base = with_dice(results(sizes=("5",), cases=8), {STOCK: 0.8, SCRATCH: 0.75, FINETUNED: 0.8})
     tables = comparison_tables(base)
     assert [t.slug for t in tables] == [f"comparison_{m}" for m in ("dice", "assd", "hd95", "surface_dice")]
     dice, assd = tables[:2]
-    # Six equal differences of one sign: p = 2 / 2^6; Holm: three times the smallest
+    # Eight equal differences of one sign: p = 2 / 2^8; Holm: three times the smallest
     assert [row[:5] + row[7:] for row in dice.rows] == [
-        [f"{SCRATCH} against {NAME}", "5", "6", "-5.00", "-5.00 to -5.00", "worse"],
-        [f"{FINETUNED} against {NAME}", "5", "6", "+0.00", "+0.00 to +0.00", "level"],
-        [f"{FINETUNED} against {SCRATCH}", "5", "6", "+5.00", "+5.00 to +5.00", "better"],
+        [f"{SCRATCH} against {NAME}", "5", "8", "-5.00", "-5.00 to -5.00", "worse"],
+        [f"{FINETUNED} against {NAME}", "5", "8", "+0.00", "+0.00 to +0.00", "level"],
+        [f"{FINETUNED} against {SCRATCH}", "5", "8", "+5.00", "+5.00 to +5.00", "better"],
     ]
-    assert [row[5:7] for row in dice.rows] == [["0.031", "0.094"], ["1.000", "1.000"], ["0.031", "0.094"]]
+    assert [row[5:7] for row in dice.rows] == [["0.008", "0.023"], ["1.000", "1.000"], ["0.008", "0.023"]]
     assert assd.rows[2][3] == "-0.05" and assd.rows[2][7] == "better"
     assert "3 comparisons" in dice.caption and "fewer than 10 cases" in dice.caption
     assert "fewer than" not in comparison_tables(results())[0].caption
