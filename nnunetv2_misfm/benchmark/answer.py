@@ -31,8 +31,8 @@ def answer(results: Results) -> list[str]:
     """Returns the comparisons in mean Dice that matter, and what is missing.
 
     They are those of fine-tuned trainers with stock nnU-Net and with their counterparts from scratch; where no trainer
-    is fine-tuned, those of all with stock. "Better" and "worse" mean that the 95 % interval excludes zero and the corrected
-    p is below 0.05; nothing is said of what was not run.
+    is fine-tuned, those of all with stock. "Better" and "worse" mean that the 95 % interval excludes zero and the
+    corrected p is below 0.05; nothing is said of what was not run.
 
     Raises:
         MisfmError: The trainers were not evaluated on the same cases.

@@ -90,8 +90,8 @@ def definitions(results: Results) -> list[tuple[str, str]]:
         ),
         (
             "Better, worse, level",
-            "Better and worse: the 95 % interval excludes zero and the corrected p is below 0.05. Level is all else: no "
-            "clear difference, which is no proof of equality.",
+            "Better and worse: the 95 % interval excludes zero and the corrected p is below 0.05. Level is all else: "
+            "no clear difference, which is no proof of equality.",
         ),
         (
             "p",

@@ -140,7 +140,8 @@ def sections_of(results: Results) -> list[Section]:
             "reproduce",
             "How to reproduce it",
             texts=[
-                "The commands that were run, or would be, by the cases that they learn from; all are nnU-Net's own."
+                "The commands that were run, or would be, by the cases that they learn from: nnU-Net's own, and the "
+                "one that writes their settings into the plans."
             ],
             commands=_commands(results),
             terms=_settings(results),

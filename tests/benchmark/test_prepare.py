@@ -128,7 +128,7 @@ def test_changed_splits_are_noticed(workspace: Workspace) -> None:
         ({"train_cases": [50]}, "at most the 6 training cases of fold 0, got --train-cases 50"),
         ({"folds": ["all"]}, "expected --test DIR with the fold 'all', got none"),
         ({"trainers": [VF]}, "would find none: pretrain first with nnUNetv2_train Dataset555_Toy 3d_fullres all -tr"),
-        ({"trainers": [VF], "weights": {VF: Path("absent.pth")}}, "weights for nnUNetTrainerPCTNetVF at .*, found none"),
+        ({"trainers": [VF], "weights": {VF: Path("absent.pth")}}, "weights for nnUNetTrainerPCTNetVF at .*, found"),
         ({"weights": {VF: Path("absent.pth")}}, "expected --weights for one of nnUNetTrainer, .*, got them for"),
         ({"name": "a__b"}, "expected a --name of letters"),
         ({"dataset": "777"}, "expected the number or name of a dataset, got '777'"),
