@@ -200,8 +200,8 @@ def compare(
     Returns:
         One row per metric, number of training cases and pair: `trainer`, `reference`, `train_cases`, `metric`,
         `n_cases`, `mean_difference`, `low` and `high` (ends of the 95 % interval), `interval` (BCa, percentile or
-        empty), `p`, `p_holm`, `better` (better or worse where the interval excludes zero and `p_holm` is below 0.05, else level; empty
-        without an interval).
+        empty), `p`, `p_holm`, `better` (better or worse where the interval excludes zero and `p_holm` is below 0.05,
+        else level; empty without an interval).
         A pair of which one has no scores keeps its row with 0 cases; fewer than two cases have neither interval nor p
         (NaN).
 

@@ -213,7 +213,9 @@ def test_the_interval_agrees_with_a_slow_bootstrap():
 def test_equal_differences_have_an_interval_of_a_point():
     table = compare(of_differences({"5": [0.1] * 8}), [("a", "b")], ["dice", "assd_mm"])
     assert table["low"].tolist() == table["high"].tolist() == pytest.approx([0.1, -0.1])
-    assert table["interval"].tolist() == ["percentile"] * 2 and table["better"].tolist() == ["better"] * 2  # p = 2 / 2^8
+    assert (
+        table["interval"].tolist() == ["percentile"] * 2 and table["better"].tolist() == ["better"] * 2
+    )  # p = 2 / 2^8
 
 
 def test_no_difference_at_all_is_level_with_p_one():
