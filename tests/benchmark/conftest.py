@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import Workspace
 
 # Called as nnUNetv2_train or nnUNetv2_predict would be. FAIL holds trainers that fail, CUT those that end before their
@@ -40,7 +41,8 @@ print("2026-01-01 00:00:00.0: Epoch 0", flush=True)
 if trainer in os.environ.get("CUT", "").split() and "--c" not in arguments:
     (folder / "checkpoint_best.pth").write_bytes(b"")
     sys.exit(9)
-(folder / "checkpoint_final.pth").write_bytes(b"")
+if "--val" not in arguments:
+    shutil.copyfile(os.environ["STAND_IN_CHECKPOINT"], folder / "checkpoint_final.pth")
 if os.environ.get("nnUNet_misfm_skip_validation") != "1":
     split = json.loads((base / "splits_final.json").read_text())[int(fold)]
     (folder / "validation").mkdir(exist_ok=True)
@@ -48,6 +50,14 @@ if os.environ.get("nnUNet_misfm_skip_validation") != "1":
         shutil.copy(base / "gt_segmentations" / f"{case}.nii.gz", folder / "validation")
     (folder / "validation" / "summary.json").write_text("{}")
 """
+# What nnU-Net logs of three epochs, and keeps in its checkpoints
+LOGGING = {
+    "train_losses": [1.0, 0.5, np.float32(0.25)],
+    "val_losses": [1.1, 0.6, 0.3],
+    "mean_fg_dice": [0.0, 0.4, np.float64(0.6)],
+    "epoch_start_timestamps": [100.0, 110.0, 130.0],
+    "epoch_end_timestamps": [104.0, 117.0, 139.0],
+}
 
 
 @pytest.fixture
@@ -76,8 +86,10 @@ def write_labels(file: Path, seed: int) -> None:
 @pytest.fixture
 def stand_in(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Puts the stand-in in nnU-Net's place; returns what reads the commands that were run so far."""
-    log = tmp_path / "stand_in.log"
+    log, checkpoint = tmp_path / "stand_in.log", tmp_path / "stand_in.pth"
+    torch.save({"logging": LOGGING, "network_weights": {}}, checkpoint)
     monkeypatch.setenv("STAND_IN_LOG", str(log))
+    monkeypatch.setenv("STAND_IN_CHECKPOINT", str(checkpoint))
     for name in ("nnUNetv2_train", "nnUNetv2_predict"):
         script = tmp_path / "bin" / name
         script.parent.mkdir(exist_ok=True)

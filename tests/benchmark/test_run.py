@@ -3,31 +3,18 @@
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmark_grid import CPU, PCT, Commands, made_grid
 from conftest import Workspace
 from filelock import FileLock
 
-from nnunetv2_misfm.benchmark.grid import Grid
-from nnunetv2_misfm.benchmark.prepare import Request, plan_grid, prepare
 from nnunetv2_misfm.benchmark.progress import Progress, num_epochs
 from nnunetv2_misfm.benchmark.run import Options, Outcome, describe, remaining, run_grid
 from nnunetv2_misfm.benchmark.scores import scores_of
 from nnunetv2_misfm.benchmark.state import State, mismatch, recorded_steps, state_of
 from nnunetv2_misfm.errors import MisfmError
-
-STOCK, PCT = "nnUNetTrainer", "nnUNetTrainerPCTNet"
-CPU = Options(device="cpu")
-Commands = Callable[[], list[str]]
-
-
-def made_grid(workspace: Workspace, test: bool = True, **changes: object) -> Grid:
-    fields = {"dataset": "555", "configuration": "quick", "trainers": [STOCK, PCT], "settings": ["num_epochs=1"]}
-    grid = plan_grid(Request(**{**fields, "test": workspace.root / "test" if test else None, **changes}))  # type: ignore
-    prepare(grid)
-    return grid
 
 
 def states(outcomes: list[Outcome]) -> list[str]:
