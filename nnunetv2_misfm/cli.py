@@ -4,6 +4,7 @@ Sub-commands import what they need when they run, so that `path` answers without
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from nnunetv2_misfm.errors import MisfmError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command and returns the exit status: 0, 1 where `check` finds faults, 2 for a user's error, 130."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    options.command_line = shlex.join(["nnUNetv2_misfm", *given])
     try:
         return options.run(options)
     except (MisfmError, NotImplementedError) as error:
@@ -330,11 +333,12 @@ def _benchmark(options: argparse.Namespace) -> int:
         weights=weights_by_trainer(options.weights),
         name=options.name,
         tolerance_mm=options.tolerance,
+        mirroring=not options.disable_tta,
+        command=options.command_line,
     )
     how = Options(
         device=options.device,
         jobs=(options.gpus if options.device == "cuda" else options.jobs) or 1,
-        mirroring=not options.disable_tta,
         skip_validation=options.skip_validation,
     )
     said, status = benchmark(request, how, options.dry_run)

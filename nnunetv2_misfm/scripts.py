@@ -3,17 +3,20 @@
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE, is_listed
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import discovery_folder
+
+# Seconds that nvidia-smi, or PyTorch's start, may take to name the GPU: ours
+_ANSWER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,20 @@ def describe_machine(device: str) -> str:
     Args:
         device: cpu, cuda or mps.
     """
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    hardware = _gpu_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     packages = ("nnunetv2-misfm", "nnunetv2", "torch")
     return ", ".join([hardware, *(f"{package} {version(package)}" for package in packages)])
+
+
+@cache
+def _gpu_name() -> str:
+    """Returns the name of the first GPU, asked in another process: this one must not open a device that others need."""
+    torch_says = "import torch; print(torch.cuda.get_device_name())"
+    for command in (["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], [sys.executable, "-c", torch_says]):
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if said.strip():
+            return said.strip().splitlines()[0]
+    return "a GPU of unknown name"

@@ -126,7 +126,21 @@ def _grid(
     splits = {draw.name: {"train": _training_cases(draw), "val": list(of_fold[str(draw.fold)])} for draw in draws}
     settings = ("num_epochs=6", "num_iterations_per_epoch=20")
     test = None if validation else str(tmp_path)
-    return Grid("toy", "Dataset555_Toy", "nnUNetPlans", "3d_fullres", settings, test, 1.0, {}, tuple(cells), splits)
+    return Grid(
+        name="toy",
+        dataset="Dataset555_Toy",
+        plans="nnUNetPlans",
+        configuration="3d_fullres",
+        settings=settings,
+        test=test,
+        tolerance_mm=1.0,
+        mirroring=True,
+        weights={},
+        weights_sha256={},
+        requests=("nnUNetv2_misfm benchmark -d 555 -c 3d_fullres --name toy",),
+        cells=tuple(cells),
+        splits=splits,
+    )
 
 
 def _training_cases(draw: Draw) -> list[str]:

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,13 +273,15 @@ def test_benchmark_hands_on_its_options(capsys: Capture, monkeypatch: pytest.Mon
     assert main([*few, "--gpus", "8"]) == 1
     request = Request(
         *("4", "3d_fullres", ["nnUNetTrainer"], "mine", [0, "all"], [5, "all"], [1, 2]),
-        *(["num_epochs=7", "batch_size=2"], Path("t"), {"A": Path("b.pth")}, "x", 2.0),
+        *(["num_epochs=7", "batch_size=2"], Path("t"), {"A": Path("b.pth")}, "x", 2.0, False),
+        " ".join(["nnUNetv2_misfm", *few, many, how]),
     )
     default = Request("4", "3d_fullres", ["nnUNetTrainer"], folds=[0], train_cases=["all"], seeds=[0], settings=[])
+    line = " ".join(["nnUNetv2_misfm", *few])
     assert recorder.calls == [
-        (default, Options(), False),
-        (request, Options("cpu", 3, mirroring=False, skip_validation=True), True),
-        (default, Options(jobs=8), False),
+        (replace(default, command=line), Options(), False),
+        (request, Options("cpu", 3, skip_validation=True), True),
+        (replace(default, command=f"{line} --gpus 8"), Options(jobs=8), False),
     ]
     assert capsys.readouterr() == ("done\n" * 3, "")
 

@@ -5,16 +5,15 @@ from typing import Any
 
 import pandas as pd
 
+from nnunetv2_misfm.benchmark.convergence import epochs_run
+from nnunetv2_misfm.benchmark.pairs import default_pairs, scratch_of, stock_of
 from nnunetv2_misfm.benchmark.results import Results
 from nnunetv2_misfm.benchmark.statistics import (
     SharedDraws,
     case_scores,
     compare,
-    default_pairs,
     draw_order,
-    scratch_of,
     shared_draws,
-    stock_of,
 )
 from nnunetv2_misfm.benchmark.tables import display_name
 
@@ -62,7 +61,11 @@ def warnings(results: Results) -> list[str]:
     """Returns what a reader must know: notes of the runs, settings, absent classes, left-out draws, missing runs."""
     found = list(results.notes)
     if results.grid.settings:
-        found.append(f"All trainers ran with {' '.join(results.grid.settings)}, which are not nnU-Net's own settings.")
+        found.append(
+            f"Every trainer had the same configuration, {' '.join(results.grid.settings)}, which is not nnU-Net's own; "
+            'not every trainer reads every key (see "How to reproduce it").'
+        )
+    found += _unequal_lengths(results)
     if results.absent:
         found.append(
             f"No truth of the compared cases holds {', '.join(results.absent)}: not scored, and in no mean over "
@@ -84,9 +87,24 @@ def warnings(results: Results) -> list[str]:
         f"{row['state']} ({str(row['why']).rstrip('.')})."
         for row in gaps.head(_NAMED_AT_MOST).to_dict("records")
     ]
-    if len(gaps) > _NAMED_AT_MOST:
-        found.append(f"{len(gaps) - _NAMED_AT_MOST} more runs are not finished; the table of runs names them.")
+    if more := max(0, len(gaps) - _NAMED_AT_MOST):
+        found.append(
+            "1 more run is not finished; the table of runs names it."
+            if more == 1
+            else f"{more} more runs are not finished; the table of runs names them."
+        )
     return found
+
+
+def _unequal_lengths(results: Results) -> list[str]:
+    """Returns a sentence for the numbers of labelled cases at which trainers ran for different numbers of epochs."""
+    sizes_of: dict[str, list[str]] = {}
+    for size, lengths in epochs_run(results).items():
+        if len(set(lengths.values())) > 1:
+            ran = [(t, _range(sorted(set(lengths[t])))) for t in results.grid.trainers if t in lengths]
+            texts = [f"{trainer} {epochs}" for trainer, epochs in ran]
+            sizes_of.setdefault(f"{ran[0][0]} ran {ran[0][1]} epochs, {', '.join(texts[1:])}", []).append(size)
+    return [f"With {_cases(sizes)}: {ran}: not the same number of steps." for ran, sizes in sizes_of.items()]
 
 
 def _against(pair: tuple[str, str], stock: str | None, table: pd.DataFrame, draws: SharedDraws) -> str:
@@ -115,12 +133,14 @@ def _evidence(results: Results, table: pd.DataFrame, draws: SharedDraws) -> list
     runs = sorted({len(of_size) for of_size in draws.values() if of_size})
     if not cases:
         return []
-    kind = "test cases" if results.compared == "test" else "validation cases of the folds"
+    plural = "" if cases == [1] else "s"
+    kind = f"test case{plural}" if results.compared == "test" else f"validation case{plural} of the folds"
     alone = " A single run per trainer cannot tell an effect from the chance of that run." if runs[0] == 1 else ""
+    unequal = " The trainings were not equally long: see below." if _unequal_lengths(results) else ""
     return [
         f"Differences in percentage points of Dice with 95 % intervals, over {_range(cases)} {kind} and {_range(runs)} "
         f"run{'s' if runs[-1] > 1 else ''} per trainer and number of labelled cases. The intervals speak of other "
-        f"cases like these, not of other seeds, training cases or datasets.{alone}"
+        f"cases like these, not of other seeds, training cases or datasets.{alone}{unequal}"
     ]
 
 
@@ -130,7 +150,8 @@ def _missing(results: Results) -> list[str]:
     if not missing:
         return []
     rest = ", ".join(f"{count} {state}" for state, count in states.items() if state != "finished")
-    return [f"Missing: {missing} of {planned} planned runs are not finished ({rest})."]
+    are = "is" if missing == 1 else "are"
+    return [f"Missing: {missing} of {planned} planned runs {are} not finished ({rest})."]
 
 
 def _range(numbers: Sequence[int]) -> str:

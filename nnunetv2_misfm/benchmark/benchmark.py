@@ -5,7 +5,7 @@ from nnunetv2_misfm.benchmark.cost import measure_cost
 from nnunetv2_misfm.benchmark.costs import known_costs, write_cost
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
 from nnunetv2_misfm.benchmark.prepare import Request, cells_of, plan_grid, prepare
-from nnunetv2_misfm.benchmark.run import Options, describe, run_grid
+from nnunetv2_misfm.benchmark.run import Options, check_options, describe, run_grid
 from nnunetv2_misfm.errors import MisfmError
 
 
@@ -21,6 +21,7 @@ def benchmark(request: Request, options: Options, dry_run: bool = False) -> tupl
         MisfmError: A fault in the request, before anything is written or run.
     """
     grid = plan_grid(request)
+    check_options(grid, options)
     cells = cells_of(grid, request)
     if dry_run:
         return dry(grid, cells, options), 0
@@ -57,5 +58,5 @@ def dry(grid: Grid, cells: list[Cell], options: Options) -> str:
                 continue
             lines.append(str(train_command(grid, cell, options.device, skip_validation=options.skip_validation)))
             if grid.test is not None:
-                lines.append(str(predict_command(grid, cell, options.device, mirroring=options.mirroring)))
+                lines.append(str(predict_command(grid, cell, options.device)))
     return "\n".join(lines)

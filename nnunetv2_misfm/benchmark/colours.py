@@ -1,16 +1,20 @@
-"""Colours, markers and font sizes of a report's figures: a trainer has the same everywhere."""
+"""Colours, markers, fonts and legends of a report's figures: a trainer has the same everywhere."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, style
 from matplotlib.colors import to_hex
+from matplotlib.textpath import TextPath
 
 # Okabe and Ito's colours for the colour-blind; black first, as stock mostly is, and yellow, faint on white, last
 OKABE_ITO = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 # The same without black, the brightest first
 BRIGHT = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#009E73", "#D55E00", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Of a legend's entry beside its text, in font sizes: matplotlib's handlelength, handletextpad and columnspacing
+_BESIDE_TEXT = 2.0 + 0.8 + 2.0
+_POINTS_PER_INCH = 72
 # nnU-Net sets seaborn's huge fonts for the whole process, so everything that could differ is said here
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -50,3 +54,18 @@ def class_colours(labels: Sequence[str]) -> dict[str, str]:
         return dict(zip(labels, BRIGHT, strict=False))
     many = colormaps["tab20"]
     return {label: to_hex(many(i % many.N)) for i, label in enumerate(labels)}
+
+
+def legend_columns(labels: Sequence[str], width_inches: float, font_size: float, at_most: int) -> int:
+    """Returns in how many columns the entries of a legend fit a width; at least one.
+
+    Args:
+        labels: Texts of the entries, at least one.
+        width_inches: Room for the legend.
+        font_size: In points.
+        at_most: Columns where there is room.
+    """
+    with style.context(["default", STYLE]):
+        longest = max(TextPath((0, 0), label, size=font_size).get_extents().width for label in labels)
+    fitting = int(width_inches * _POINTS_PER_INCH // (longest + _BESIDE_TEXT * font_size))
+    return max(1, min(at_most, len(labels), fitting))

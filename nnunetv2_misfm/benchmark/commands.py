@@ -44,13 +44,13 @@ def train_command(grid: Grid, cell: Cell, device: str, *, skip_validation: bool 
     return Command(_TITLES[option], command, variables)
 
 
-def predict_command(grid: Grid, cell: Cell, device: str, *, mirroring: bool = True) -> Command:
+def predict_command(grid: Grid, cell: Cell, device: str) -> Command:
     """Returns the command that predicts the test folder with a cell's final weights."""
     assert grid.test is not None
     command = ["nnUNetv2_predict", "-d", grid.dataset, "-c", cell.configuration, "-f", str(cell.run_fold)]
     command += ["-tr", cell.run_trainer, "-p", grid.plans, "-i", str(Path(grid.test) / "imagesTs")]
     command += ["-o", str(test_predictions(grid, cell)), "-device", device, "--continue_prediction"]
-    return Command("predict", command if mirroring else [*command, "--disable_tta"])
+    return Command("predict", command if grid.mirroring else [*command, "--disable_tta"])
 
 
 def test_predictions(grid: Grid, cell: Cell) -> Path:

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_misfm.benchmark.grid import ALL
+from nnunetv2_misfm.benchmark.pairs import stock_of
 from nnunetv2_misfm.benchmark.results import RUN_COLUMNS, Results
-from nnunetv2_misfm.benchmark.statistics import shared_draws, stock_of
+from nnunetv2_misfm.benchmark.statistics import shared_draws
 from nnunetv2_misfm.benchmark.tables import Table, display_name
 
 REACHED_SHARE = 0.95  # of the reference's final pseudo Dice; ours, near the end and above the noise of the epochs
@@ -85,11 +86,30 @@ def _epochs_text(epochs: Sequence[int | None]) -> str:
     return f"{text} ({reached} of {len(epochs)} runs)"
 
 
+def epochs_run(results: Results) -> dict[str, dict[str, tuple[int, int]]]:
+    """Returns the least and the most epochs of a run in the shared draws, by number of labelled cases and trainer."""
+    found = {}
+    for size, curves in _curves_of_shared_draws(results).items():
+        lengths = curves.groupby(["trainer", "fold", "seed"])["epoch"].max() + 1
+        found[size] = {str(name): (int(own.min()), int(own.max())) for name, own in lengths.groupby("trainer")}
+    return found
+
+
 def curves_by_size(results: Results) -> dict[str, pd.DataFrame]:
     """Returns the learning curves of the shared draws by number of labelled cases; sizes without any are left out."""
+    curves = {size: own.dropna(subset=["pseudo_dice"]) for size, own in _curves_of_shared_draws(results).items()}
+    return {size: own for size, own in curves.items() if len(own)}
+
+
+def runs_of(results: Results, train_cases: str) -> pd.DataFrame:
+    """Returns the planned runs with this number of labelled cases."""
+    return results.runs[results.runs["train_cases"].astype(str) == train_cases]
+
+
+def _curves_of_shared_draws(results: Results) -> dict[str, pd.DataFrame]:
     if results.curves.empty:
         return {}
-    curves = results.curves.astype({"train_cases": str, "fold": str, "seed": int}).dropna(subset=["pseudo_dice"])
+    curves = results.curves.astype({"train_cases": str, "fold": str, "seed": int})
     found = {}
     for size, draws in shared_draws(results.runs).items():
         wanted = [draw in draws for draw in zip(curves["fold"], curves["seed"], strict=True)]
@@ -100,8 +120,3 @@ def curves_by_size(results: Results) -> dict[str, pd.DataFrame]:
         if len(own):
             found[size] = own
     return found
-
-
-def runs_of(results: Results, train_cases: str) -> pd.DataFrame:
-    """Returns the planned runs with this number of labelled cases."""
-    return results.runs[results.runs["train_cases"].astype(str) == train_cases]

@@ -14,6 +14,13 @@ SURFACE_DISTANCE = (
     "radiotherapy, arXiv:1809.04430 (2018): the surface Dice, and the library surface-distance that measures distances"
 )
 _PACKAGES = ("nnunetv2-misfm", "nnunetv2", "torch", "numpy", "scipy", "surface-distance", "monai")
+KEY_READERS = (
+    "nnU-Net's own keys, such as batch_size and patch_size, hold for all trainers, architecture.* for the plans' "
+    "network alone; of the `misfm` block the untouched nnUNetTrainer reads nothing, nnUNetTrainerBaseline reads "
+    "num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch and seed, and this package's other trainers "
+    "read the rest too, but features_per_stage only where the network is PCT-Net or FMUNet, num_heads and "
+    "attention_dropout only where it is PCT-Net."
+)
 _LINKS = (
     (re.compile(r"arXiv:(\d{4}\.\d{4,5})"), "https://arxiv.org/abs/"),
     (re.compile(r"DOI (10\.\S+[\w)])"), "https://doi.org/"),
@@ -71,7 +78,11 @@ def definitions(results: Results) -> list[tuple[str, str]]:
             "empty: Dice and surface Dice 0, distances the diagonal of the image. (nnU-Net's own summary leaves out "
             "cases where both are empty.)",
         ),
-        ("Draw", "A fold and a seed; the seed chooses the labelled cases from the fold and seeds the training."),
+        (
+            "Draw",
+            "A fold and a seed. The seed chooses the labelled cases from the fold, and seeds the training of this "
+            "package's trainers, nnUNetTrainerBaseline among them; the untouched nnUNetTrainer knows no seed.",
+        ),
         (
             "Same cases",
             f"Compared are the {regions}. Trainers stand side by side on the same draws and the same cases; a draw "

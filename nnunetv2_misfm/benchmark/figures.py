@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_misfm.benchmark.colours import STYLE, trainer_colours, trainer_markers
+from nnunetv2_misfm.benchmark.colours import STYLE, legend_columns, trainer_colours, trainer_markers
 from nnunetv2_misfm.benchmark.convergence import curves_by_size, runs_of, size_label
 from nnunetv2_misfm.benchmark.grid import ALL
 from nnunetv2_misfm.benchmark.results import Results
@@ -30,8 +31,11 @@ from nnunetv2_misfm.benchmark.tables import display_name
 _WIDTH_INCHES = 8.4
 _LEGEND_ROW_INCHES = 0.27
 _LEGEND_COLUMNS = 4
+_LEGEND_POINTS = 9.5
 _DOTS_PER_INCH = 192  # two per CSS pixel
 _LOG_FROM_RATIO = 3.0  # ours: sizes that span less are read more easily on a linear axis
+_BESIDE = 0.012  # of the axis, ours: markers of trainers stand beside each other, so that bars do not hide bars
+_MARGIN = 0.08  # of the axis, ours: more than the markers of a number of cases spread
 
 
 def dice_against_cases(results: Results) -> Figure | None:
@@ -50,19 +54,28 @@ def dice_against_cases(results: Results) -> Figure | None:
     colours, markers = trainer_colours(trainers), trainer_markers(trainers)
     singles = run_means(results.cases, draws)
     log = max(numbers.values()) > _LOG_FROM_RATIO * min(numbers.values())
-    span = math.log(max(numbers.values()) / min(numbers.values())) or 1.0
+    to_axis, to_number = (math.log, math.exp) if log else (float, float)
+    first, last = to_axis(min(numbers.values())), to_axis(max(numbers.values()))
+    length = (last - first) or first  # around a single number there is as much room as it is large
 
     def draw(axes: Axes) -> None:
         for i, trainer in enumerate(trainers):
-            # beside each other, so that bars do not hide bars
-            shift = math.exp(0.012 * span * (i - (len(trainers) - 1) / 2))
+            aside = _BESIDE * length * (i - (len(trainers) - 1) / 2)
+            places = {size: to_number(to_axis(numbers[size]) + aside) for size in sizes}
             means, low, high = mean_with_interval(scores, trainer, sizes).T
-            x = [numbers[size] * shift for size in sizes]
             bars = [means - low, high - means]
-            axes.errorbar(x, means, bars, color=colours[trainer], marker=markers[trainer], markersize=6, capsize=3)
+            axes.errorbar(
+                list(places.values()),
+                means,
+                bars,
+                color=colours[trainer],
+                marker=markers[trainer],
+                markersize=6,
+                capsize=3,
+            )
             runs = singles[(singles["trainer"] == trainer) & singles["train_cases"].isin(sizes)]
             axes.scatter(
-                [numbers[size] * shift for size in runs["train_cases"]],
+                [places[size] for size in runs["train_cases"]],
                 100 * runs["dice"],
                 s=14,
                 color=colours[trainer],
@@ -71,6 +84,8 @@ def dice_against_cases(results: Results) -> Figure | None:
             )
         if log:
             axes.set_xscale("log")
+        room = _MARGIN * length if last > first else length / 2
+        axes.set_xlim(to_number(first - room), to_number(last + room))
         ticks = {n: " / ".join(_tick(size, n) for size in sizes if numbers[size] == n) for n in numbers.values()}
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.set_xticks([], minor=True)
@@ -114,8 +129,10 @@ def learning_curves(results: Results) -> Figure | None:
                 if band.empty:
                     continue
                 epochs = band.index.to_numpy() + 1
-                axes.plot(epochs, band["mean"], color=colours[trainer])
+                alone = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
+                axes.plot(epochs, band["mean"], color=colours[trainer], marker=alone)
                 axes.fill_between(epochs, band["min"], band["max"], color=colours[trainer], alpha=0.15, linewidth=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set(xlabel="epoch", ylabel="pseudo Dice", ylim=(min(0.0, curves["pseudo_dice"].min()), 1))
 
         panels.append((size_label(size, results), draw))
@@ -149,7 +166,7 @@ def distributions(results: Results) -> dict[str, Figure]:
             axes.set_yticks(range(len(results.labels)), results.labels)
             axes.set(
                 xlabel="Dice of a case (%)",
-                xlim=(lowest - 2, min(highest + 2, 101)),
+                xlim=(max(lowest - 2, -1), min(highest + 2, 101)),
                 ylim=(len(results.labels) - 0.5, -0.5),
             )
             axes.grid(axis="y", visible=False)
@@ -214,7 +231,8 @@ def _figure(
     colours, markers = trainer_colours(every), trainer_markers(every)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    legend_inches = -(-len(shown) // _LEGEND_COLUMNS) * _LEGEND_ROW_INCHES + 0.12
+    legend = legend_columns([display_name(name) for name in shown], _WIDTH_INCHES, _LEGEND_POINTS, _LEGEND_COLUMNS)
+    legend_inches = -(-len(shown) // legend) * _LEGEND_ROW_INCHES + 0.12
     with style.context(["default", STYLE]):
         height = rows * (panel_inches + 0.55) + legend_inches + 0.1
         engine = ConstrainedLayoutEngine(rect=(0.005, 0, 0.99, 1 - legend_inches / height))
@@ -237,7 +255,5 @@ def _figure(
             )
             for name in shown
         ]
-        figure.legend(
-            handles=handles, loc="upper center", ncols=min(_LEGEND_COLUMNS, len(shown)), frameon=False, fontsize=9.5
-        )
+        figure.legend(handles=handles, loc="upper center", ncols=legend, frameon=False, fontsize=_LEGEND_POINTS)
     return figure

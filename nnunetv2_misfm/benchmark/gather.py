@@ -11,11 +11,21 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.benchmark.commands import configure_command
 from nnunetv2_misfm.benchmark.costs import known_costs
-from nnunetv2_misfm.benchmark.grid import Cell, Grid, read_grid
+from nnunetv2_misfm.benchmark.evaluate import absent_labels
+from nnunetv2_misfm.benchmark.grid import ALL, Cell, Grid, read_grid
 from nnunetv2_misfm.benchmark.results import RUN_COLUMNS, Results
 from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, ending_of, predictions_of, scores_of, truths_of
 from nnunetv2_misfm.benchmark.splits import splits_sha256
-from nnunetv2_misfm.benchmark.state import FINAL, State, mismatch, recorded_steps, state_of, unpredicted
+from nnunetv2_misfm.benchmark.state import (
+    FINAL,
+    State,
+    is_validated,
+    log_file,
+    mismatch,
+    recorded_steps,
+    state_of,
+    unpredicted,
+)
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.plans_file import find_plans, full_name, read_json
 from nnunetv2_misfm.trainers.finetune import REPORT_NAME
@@ -35,6 +45,11 @@ def gather(dataset: str, name: str = "benchmark", compared: str | None = None) -
     """
     grid = read_grid(full_name(dataset), name)
     compared = compared or (VALIDATION if grid.test is None else TEST)
+    if compared == VALIDATION and any(cell.draw.fold == ALL for cell in grid.cells):
+        raise MisfmError(
+            f"expected folds with validation cases of their own, but benchmark {name!r} has runs of the fold 'all', "
+            "which learn from every case: compare on the test folder (--on test)."
+        )
     runs, cases, curves, predictions, machines = [], [], [], {}, []
     for cell in grid.cells:
         run, scores = _run_of(grid, cell, compared)
@@ -50,7 +65,7 @@ def gather(dataset: str, name: str = "benchmark", compared: str | None = None) -
         why = "; ".join(dict.fromkeys(run["why"] for run in runs))
         raise MisfmError(f"benchmark {name!r} of {grid.dataset} has no finished run yet: {why}")
     scored = pd.concat(cases, ignore_index=True)
-    absent = sorted(label for label, empty in scored.groupby("label")["truth_empty"] if empty.all())
+    absent = absent_labels(scored)
     labels = [label for label in dict.fromkeys(scored["label"]) if label not in absent]
     if not labels:
         raise MisfmError(f"the truths of {grid.dataset} hold none of its classes ({', '.join(absent)}).")
@@ -77,59 +92,69 @@ def gather(dataset: str, name: str = "benchmark", compared: str | None = None) -
 
 
 def _run_of(grid: Grid, cell: Cell, compared: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
-    """Returns a run's row, and its scores where it is finished."""
+    """Returns a run's row, and its scores where it is finished; whatever is wrong with a run is said in its row."""
     split = grid.splits[cell.draw.name]
-    steps = recorded_steps(grid, cell)
     row: dict[str, Any] = {
         "trainer": cell.trainer,
         "train_cases": str(cell.draw.train_cases),
         "fold": str(cell.draw.fold),
         "seed": cell.draw.seed,
         "num_train": len(split["train"]),
-        "state": "missing",
-        "why": "not run yet",
-        "train_commands": "\n".join(
-            [str(configure_command(grid, cell.draw)), *dict.fromkeys(s["command"] for s in steps)]
-        ),
+        "state": "finished",
+        "why": "",
+        "train_commands": str(configure_command(grid, cell.draw)),
         "seconds_per_epoch": float("nan"),
-        "prediction_s_per_case": _prediction_seconds(steps),
+        "prediction_s_per_case": float("nan"),
         "weights_file": "",
         "weights_sha256": "",
         "weights_share": float("nan"),
         "splits_sha256": splits_sha256(split),
         "checkpoint_sha256": "",
     }
-    if why := mismatch(grid, cell):
-        return {**row, "state": "mismatched", "why": why}, None
-    state = state_of(grid, cell)
-    if state is not State.TRAINED:
-        failed = bool(steps) and steps[-1]["status"] != 0
-        why = (
-            f"{steps[-1]['title']} ended with status {steps[-1]['status']}"
-            if failed
-            else "its training is not finished"
-        )
-        known = {
-            "state": "failed" if failed else state.value,
-            "why": why if failed or state is State.CUT else row["why"],
-        }
-        return {**row, **known}, None
-    row["checkpoint_sha256"] = file_sha256(grid.results(cell) / FINAL)
-    account = grid.results(cell) / REPORT_NAME
-    if account.is_file():
-        weights = json.loads(account.read_text())
-        row |= {"weights_file": weights["file"] or "", "weights_sha256": weights["sha256"] or ""}
-        row["weights_share"] = weights["share"]
     try:
-        if compared == TEST and (
-            outstanding := unpredicted(grid, cell, [*truths_of(grid, cell, TEST)], ending_of(grid))
-        ):
-            raise MisfmError(f"{len(outstanding)} test cases are not predicted yet by its final weights")
-        scores = scores_of(grid, cell, compared)
+        steps = recorded_steps(grid, cell)
+        row["train_commands"] = "\n".join([row["train_commands"], *dict.fromkeys(step["command"] for step in steps)])
+        row["prediction_s_per_case"] = _prediction_seconds(steps)
+        if why := mismatch(grid, cell):
+            return {**row, "state": "mismatched", "why": why}, None
+        if gap := _gap(grid, cell, compared, steps):
+            return {**row, "state": gap[0], "why": gap[1]}, None
+        row["checkpoint_sha256"] = file_sha256(grid.results(cell) / FINAL)
+        row |= _weights_of(grid, cell)
         row["seconds_per_epoch"] = float(np.median(_curve_of(grid, cell)["seconds"]))
+        return row, scores_of(grid, cell, compared)
     except MisfmError as error:
         return {**row, "state": "unfinished", "why": str(error)}, None
-    return {**row, "state": "finished", "why": ""}, scores
+
+
+def _gap(grid: Grid, cell: Cell, compared: str, steps: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Returns state and reason of a run that lacks something, None where it is complete."""
+    state = state_of(grid, cell)
+    outstanding = unpredicted(grid, cell, [*truths_of(grid, cell, TEST)], ending_of(grid)) if grid.test else []
+    if state is State.NEW:
+        found = state.value, "not run yet"
+    elif state is State.CUT:
+        found = state.value, "its training is not finished"
+    elif compared == TEST and outstanding:
+        found = "unfinished", f"{len(outstanding)} test cases are not predicted yet by its final weights"
+    elif compared == VALIDATION and not is_validated(grid, cell):
+        found = "unfinished", "its validation cases are not predicted yet by its final weights"
+    else:
+        return None
+    status = steps[-1]["status"] if steps else 0
+    if status > 0:
+        return "failed", f"{steps[-1]['title']} ended with status {status}; its output is in {log_file(grid, cell)}"
+    return ("unfinished", f"{steps[-1]['title']} was stopped") if status < 0 else found
+
+
+def _weights_of(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """Returns what a run recorded of the pretrained weights that it started from, nothing where there were none."""
+    account = grid.results(cell) / REPORT_NAME
+    if not account.is_file():
+        return {}
+    weights = read_json(account)
+    file, sha256 = weights.get("file") or "", weights.get("sha256") or ""
+    return {"weights_file": file, "weights_sha256": sha256, "weights_share": weights.get("share", float("nan"))}
 
 
 def _curve_of(grid: Grid, cell: Cell) -> pd.DataFrame:
@@ -166,6 +191,8 @@ def _images(grid: Grid, truths: dict[str, Path], compared: str) -> dict[str, Pat
     ending = ending_of(grid)
     if compared == TEST:
         return {case: Path(str(grid.test)) / "imagesTs" / f"{case}_0000{ending}" for case in truths}
+    if not nnUNet_raw.is_set():
+        raise MisfmError("expected the environment variable nnUNet_raw to name a folder, but it is not set.")
     raw = Path(str(nnUNet_raw)) / grid.dataset / "imagesTr"
     return {case: raw / f"{case}_0000{ending}" for case in truths}
 
@@ -177,6 +204,12 @@ def _notes(grid: Grid, scores: pd.DataFrame, runs: list[dict[str, Any]]) -> list
     block = plans.get_configuration(grid.configuration).configuration.get("misfm") or {}
     if block:
         notes.append(f"The configuration {grid.configuration} itself sets {json.dumps(block)}.")
+    for trainer in grid.trainers:
+        hashes = {run["weights_sha256"][:12] for run in runs if run["trainer"] == trainer} - {""}
+        if len(hashes) > 1:
+            notes.append(
+                f"The runs of {trainer} started from different pretrained weights: {', '.join(sorted(hashes))}."
+            )
     evaluated = {*scores["case"]}
     for sha256, file in {run["weights_sha256"]: run["weights_file"] for run in runs if run["weights_sha256"]}.items():
         notes.append(_pretraining_note(grid, file, sha256, len(evaluated)))

@@ -84,7 +84,10 @@ class Grid:
         settings: `key=value` as `nnUNetv2_misfm configure` takes them, the same for every trainer.
         test: Folder with imagesTs and labelsTs, absolute; None where the folds' validation cases are compared.
         tolerance_mm: Tolerance of the surface Dice.
+        mirroring: Whether the test cases are predicted with nnU-Net's mirroring.
         weights: Pretrained weights by trainer, where the user named a file.
+        weights_sha256: Their SHA-256 when the benchmark was begun.
+        requests: The command lines by which the grid came to be, oldest first.
         cells: The runs, draw by draw.
         splits: `train` and `val` cases of each draw, by its name.
     """
@@ -96,7 +99,10 @@ class Grid:
     settings: tuple[str, ...]
     test: str | None
     tolerance_mm: float
+    mirroring: bool
     weights: dict[str, str]
+    weights_sha256: dict[str, str]
+    requests: tuple[str, ...]
     cells: tuple[Cell, ...]
     splits: dict[str, dict[str, list[str]]]
 
@@ -184,7 +190,8 @@ def read_grid(dataset: str, name: str) -> Grid:
     content = read_json(file)
     try:
         cells = tuple(_cell(entry) for entry in content.pop("cells"))
-        return Grid(**{**content, "settings": tuple(content["settings"]), "cells": cells})
+        texts = {name: tuple(content[name]) for name in ("settings", "requests")}
+        return Grid(**{**content, **texts, "cells": cells})
     except (KeyError, TypeError) as error:
         raise MisfmError(
             f"{file} is no record of a benchmark ({error}): run the benchmark under another --name."
@@ -194,6 +201,13 @@ def read_grid(dataset: str, name: str) -> Grid:
 def has_grid(dataset: str, name: str) -> bool:
     """Whether a benchmark of this name is recorded."""
     return (grid_folder(dataset, name) / GRID_FILE).is_file()
+
+
+def other_configurations(dataset: str, name: str) -> dict[str, str]:
+    """Returns the configurations that the other benchmarks of a dataset have written, with the names of those."""
+    others = [folder.name.removeprefix(_PREFIX) for folder in _grids_of(dataset)]
+    grids = [read_grid(dataset, other) for other in others if other != name]
+    return {cell.configuration: grid.name for grid in grids for cell in grid.cells}
 
 
 def _grids_of(dataset: str) -> Iterable[Path]:

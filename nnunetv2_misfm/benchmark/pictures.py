@@ -16,7 +16,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_misfm.benchmark.answer import is_fine_tuned
-from nnunetv2_misfm.benchmark.colours import STYLE, class_colours
+from nnunetv2_misfm.benchmark.colours import STYLE, class_colours, legend_columns
 from nnunetv2_misfm.benchmark.grid import Cell, Draw
 from nnunetv2_misfm.benchmark.results import Results
 from nnunetv2_misfm.benchmark.tables import display_name
@@ -29,6 +29,10 @@ _COLUMNS = 4
 _COLUMN_INCHES = 2.3
 _TITLE_INCHES = 0.5
 _LEGEND_ROW_INCHES = 0.25
+_LEGEND_COLUMNS = 5
+_LEGEND_POINTS = 10.0
+_LINES = {"solid": "truth", "dashed": "prediction"}
+_SAME = 1e-12  # Dice that differ by less differ by the machine's rounding
 _TITLE_LETTERS = 30  # as many fit a column at 10 points
 
 
@@ -41,12 +45,14 @@ class Choice:
         draw: The runs shown are those of this draw.
         cells: Its finished runs, in the order of the grid.
         cases: Case by `best`, `median` and `worst`; with fewer than three cases some are missing.
+        all_equal: Whether all cases have the same Dice there, which makes the ranks arbitrary.
     """
 
     ranked_by: str
     draw: Draw
     cells: tuple[Cell, ...]
     cases: dict[str, str]
+    all_equal: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def choose(results: Results) -> Choice | None:
         dice = case_dice(results, ranked)
         dice = dice[dice.index.isin(list(results.truths)) & dice.index.isin(list(results.images))]
         if len(dice):
-            return Choice(ranked.trainer, draw, tuple(cells), rank_cases(dice))
+            equal = len(dice) > 1 and float(np.ptp(dice)) < _SAME
+            return Choice(ranked.trainer, draw, tuple(cells), rank_cases(dice), equal)
     return None
 
 
@@ -238,11 +245,12 @@ def _draw_panels(
     rows = -(-len(titles) // columns)
     present = [label for label in truth if any(masks[label].any() for masks in [truth, *predictions] if masks)]
     colours = class_colours(list(truth))
-    legend_rows = -(-(len(present) + 2) // 5)
+    width = max(columns * _COLUMN_INCHES, 2 * _COLUMN_INCHES)
+    legend = legend_columns([*present, *_LINES.values()], width, _LEGEND_POINTS, _LEGEND_COLUMNS)
+    legend_rows = -(-(len(present) + len(_LINES)) // legend)
     panel_inches = float(np.clip(_COLUMN_INCHES * aspect * image.shape[0] / image.shape[1], 0.8, 2 * _COLUMN_INCHES))
     footer = (legend_rows + 0.6) * _LEGEND_ROW_INCHES
     height = rows * (panel_inches + _TITLE_INCHES) + footer
-    width = max(columns * _COLUMN_INCHES, 2 * _COLUMN_INCHES)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
@@ -269,11 +277,8 @@ def _draw_panels(
                 title if masks else f"{title}\n(no prediction)", fontsize=_title_size(title), fontweight="normal"
             )
         lines = [Line2D([], [], color=colours[label], label=label) for label in present]
-        lines += [
-            Line2D([], [], color="#333333", linestyle=line, label=label)
-            for line, label in (("solid", "truth"), ("dashed", "prediction"))
-        ]
-        figure.legend(handles=lines, loc="lower center", ncols=min(5, len(lines)), frameon=False, fontsize=10)
+        lines += [Line2D([], [], color="#333333", linestyle=line, label=label) for line, label in _LINES.items()]
+        figure.legend(handles=lines, loc="lower center", ncols=legend, frameon=False, fontsize=_LEGEND_POINTS)
     return figure
 
 

@@ -1,22 +1,18 @@
 """From what the user asks to a grid of runs: every fault is found here, before anything is written or trained."""
 
-import hashlib
-import io
-import os
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from nnunetv2.paths import nnUNet_results
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.benchmark.checks import check_test, check_trainers
 from nnunetv2_misfm.benchmark.commands import draw_settings
 from nnunetv2_misfm.benchmark.grid import (
+    ALL,
     Cell,
     Draw,
     Grid,
@@ -25,18 +21,21 @@ from nnunetv2_misfm.benchmark.grid import (
     configuration_of,
     draws_of,
     has_grid,
+    other_configurations,
     read_grid,
     write_grid,
 )
 from nnunetv2_misfm.benchmark.splits import append_splits, preprocessed_cases, read_splits, split_of, with_splits
+from nnunetv2_misfm.benchmark.state import is_begun
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.configure import configure
+from nnunetv2_misfm.planning.configure import configure, configured
 from nnunetv2_misfm.planning.plans_file import find_plans, read_json
-from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE, FinetuneTrainer
-from nnunetv2_misfm.trainers.pretext import PretextTrainer
+from nnunetv2_misfm.weights.checkpoint import file_sha256
 
-# Settings that give stock nnU-Net another length than its own
+# Keys of the block that give stock nnU-Net another length than its own
 LENGTH_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+# What the runs of a benchmark have in common from first to last
+_KEPT = ("plans", "configuration", "settings", "test", "tolerance_mm", "mirroring")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Request:
         weights: Files of pretrained weights by trainer.
         name: Of the benchmark.
         tolerance_mm: Of the surface Dice.
+        mirroring: Whether the test cases are predicted with nnU-Net's mirroring.
+        command: The command line, for the record.
     """
 
     dataset: str
@@ -63,13 +64,15 @@ class Request:
     trainers: Sequence[str]
     plans: str = "nnUNetPlans"
     folds: Sequence[int | str] = (0,)
-    train_cases: Sequence[int | str] = ("all",)
+    train_cases: Sequence[int | str] = (ALL,)
     seeds: Sequence[int] = (0,)
     settings: Sequence[str] = ()
     test: Path | None = None
     weights: Mapping[str, Path] = field(default_factory=dict)
     name: str = "benchmark"
     tolerance_mm: float = 1.0
+    mirroring: bool = True
+    command: str = ""
 
 
 def weights_by_trainer(texts: Sequence[str]) -> dict[str, Path]:
@@ -90,25 +93,30 @@ def plan_grid(request: Request) -> Grid:
     Nothing is written.
 
     Raises:
-        MisfmError: No such dataset, plans, configuration, trainer, fold or weights; a fold without so many cases; a
-            test folder that does not fit or holds training cases; a recorded benchmark with other settings.
+        MisfmError: No such dataset, plans, configuration, trainer, fold or weights; a setting that does not exist; a
+            fold without so many cases; a test folder that does not fit or holds training cases; a recorded benchmark
+            with other settings.
     """
-    check_name(request.name)
+    _check_numbers(request)
     plans_file = find_plans(request.dataset, request.plans)
     base, plans = plans_file.parent, read_json(plans_file)
-    cases = preprocessed_cases(base / _data_identifier(plans, request.configuration, plans_file))
+    configuration = _resolved(plans, request.configuration, plans_file)
+    cases = preprocessed_cases(base / configuration["data_identifier"])
+    test = None if request.test is None else request.test.resolve()
+    _check_sources(request, test, base, cases)
+    recorded = _recorded(base.name, request)
     splits = read_splits(base, cases)
-    draws = {
-        draw: split_of(draw, splits, cases) for draw in draws_of(request.folds, request.train_cases, request.seeds)
-    }
-    folds = with_splits(splits, draws)[1]
-    length = any(setting.partition("=")[0] in LENGTH_KEYS for setting in request.settings)
+    asked = draws_of(request.folds, request.train_cases, request.seeds)
+    draws = {draw: split_of(draw, splits, cases) for draw in asked}
+    folds = with_splits(splits, _in_recorded_order(recorded, draws))[1]
+    block = configuration.get("misfm") or {}
+    length = any(key in block or _sets(request, key) for key in LENGTH_KEYS)
     cells = [
         cell_of(trainer, draw, request.name, request.configuration, folds[draw], length)
         for draw in draws
         for trainer in dict.fromkeys(request.trainers)
     ]
-    test = None if request.test is None else request.test.resolve()
+    weights = {trainer: str(Path(file).resolve()) for trainer, file in request.weights.items()}
     grid = Grid(
         name=request.name,
         dataset=base.name,
@@ -117,19 +125,17 @@ def plan_grid(request: Request) -> Grid:
         settings=tuple(request.settings),
         test=None if test is None else str(test),
         tolerance_mm=request.tolerance_mm,
-        weights={trainer: str(Path(file).resolve()) for trainer, file in request.weights.items()},
+        mirroring=request.mirroring,
+        weights=weights,
+        weights_sha256={trainer: _sha256(trainer, file) for trainer, file in weights.items()},
+        requests=(request.command,) if request.command else (),
         cells=tuple(cells),
         splits={draw.name: split for draw, split in draws.items()},
     )
-    if test is None and "all" in request.folds:
-        raise MisfmError(
-            "expected --test DIR with the fold 'all', got none: such a run learns from every case, so other cases must "
-            "be compared."
-        )
-    if test is not None:
-        _check_test(test, base, cases)
-    _check_trainers(grid, plans, base)
-    return _extended(grid)
+    _check_configurations(grid)
+    grid = grid if recorded is None else _joined(recorded, grid, folds)
+    check_trainers(grid, plans, length)
+    return grid
 
 
 def prepare(grid: Grid) -> None:
@@ -140,9 +146,10 @@ def prepare(grid: Grid) -> None:
         for draw in {cell.configuration: cell.draw for cell in grid.cells}.values():
             name = configuration_of(draw, grid.name, grid.configuration)
             configure(grid.dataset, grid.configuration, name, draw_settings(grid, draw), grid.plans)
-    plans = read_json(plans_file)
-    cases = preprocessed_cases(plans_file.parent / _data_identifier(plans, grid.configuration, plans_file))
-    folds = append_splits(plans_file.parent, cases, {cell.draw: grid.splits[cell.draw.name] for cell in grid.cells})
+    configuration = _resolved(read_json(plans_file), grid.configuration, plans_file)
+    cases = preprocessed_cases(plans_file.parent / configuration["data_identifier"])
+    draws = {draw: grid.splits[draw.name] for draw in _by_fold(grid)}
+    folds = append_splits(plans_file.parent, cases, draws)
     if any(folds[cell.draw] != cell.run_fold for cell in grid.cells):
         raise MisfmError(
             f"the folds of {grid.dataset} changed while the benchmark was being prepared: run the command again."
@@ -150,146 +157,143 @@ def prepare(grid: Grid) -> None:
     write_grid(grid)
 
 
-def _data_identifier(plans: dict[str, Any], configuration: str, plans_file: Path) -> str:
+def cells_of(grid: Grid, request: Request) -> list[Cell]:
+    """Returns the cells of a grid that a request asks for (a recorded grid may hold more)."""
+    draws = draws_of(request.folds, request.train_cases, request.seeds)
+    return [cell for cell in grid.cells if cell.trainer in request.trainers and cell.draw in draws]
+
+
+# ---------------------------------------------------------------------- checks of a request
+
+
+def _check_numbers(request: Request) -> None:
+    """Raises for a name, a tolerance, a number of cases or a setting that cannot be meant."""
+    check_name(request.name)
+    if not 0 < request.tolerance_mm < math.inf:
+        raise MisfmError(f"expected a --tolerance above 0 mm, got {request.tolerance_mm}.")
+    if 0 in request.train_cases:
+        raise MisfmError("expected --train-cases of 1 or more, or all, got 0.")
+    if _sets(request, "seed"):
+        raise MisfmError("expected seeds by --seeds, got one in --set: every run has the seed of its draw.")
+    if request.test is None and ALL in request.folds:
+        raise MisfmError(
+            "expected --test DIR with the fold 'all', got none: such a run learns from every case, so other cases must "
+            "be compared."
+        )
+
+
+def _check_sources(request: Request, test: Path | None, base: Path, cases: Sequence[str]) -> None:
+    """Raises where the test folder or pretrained weights cannot be used."""
+    for trainer, file in request.weights.items():
+        if trainer not in request.trainers:
+            raise MisfmError(f"expected --weights for one of {', '.join(request.trainers)}, got them for {trainer!r}.")
+        if not file.is_file():
+            raise MisfmError(f"expected pretrained weights for {trainer} at {file}, found none: check --weights.")
+    if request.weights and _sets(request, "pretrained_weights"):
+        raise MisfmError("expected --weights or pretrained_weights in --set, got both: the latter would win; name one.")
+    if test is not None:
+        check_test(test, base, cases)
+
+
+def _check_configurations(grid: Grid) -> None:
+    """Raises where a configuration could not be written, or would replace one of another benchmark."""
+    others = other_configurations(grid.dataset, grid.name)
+    for draw in {cell.configuration: cell.draw for cell in grid.cells}.values():
+        name = configuration_of(draw, grid.name, grid.configuration)
+        if name in others:
+            raise MisfmError(
+                f"the configuration {name} belongs to the benchmark {others[name]!r} already: choose another --name."
+            )
+        configured(grid.dataset, grid.configuration, name, draw_settings(grid, draw), grid.plans)
+
+
+def _resolved(plans: dict[str, Any], configuration: str, plans_file: Path) -> dict[str, Any]:
     if configuration not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
         raise MisfmError(f"expected one of the configurations {known} of {plans_file}, got {configuration!r}.")
-    return PlansManager(plans).get_configuration(configuration).data_identifier
+    return PlansManager(plans).get_configuration(configuration).configuration
 
 
-def _check_test(test: Path, base: Path, cases: Sequence[str]) -> None:
-    """Raises where a test folder lacks images or labels, or holds cases to learn from."""
-    dataset_json = read_json(base / "dataset.json")
-    ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
-    truths = test_truths(test, ending)
-    if not truths:
-        raise MisfmError(
-            f"expected labels *{ending} in {test / 'labelsTs'}, found none: --test takes a folder with "
-            "imagesTs and labelsTs in nnU-Net's format."
-        )
-    lacking = [
-        f"{case}_{channel:04d}{ending}"
-        for case in truths
-        for channel in range(channels)
-        if not (test / "imagesTs" / f"{case}_{channel:04d}{ending}").is_file()
-    ]
-    if lacking:
-        raise MisfmError(f"expected {lacking[0]} in {test / 'imagesTs'}, found none ({len(lacking)} files missing).")
-    names = sorted({*truths} & {*cases})
-    if names:
-        raise MisfmError(
-            f"expected test cases that no run learns from, but {', '.join(names[:5])} of {test} are named as cases of "
-            f"{base.name} ({len(names)} in all): take them out of one of the two, or rename them if they are others."
-        )
-    known = {(file.stat().st_size, _sha256(file)): file for file in (base / "gt_segmentations").glob(f"*{ending}")}
-    for file in truths.values():
-        if twin := known.get((file.stat().st_size, _sha256(file))):
-            raise MisfmError(
-                f"expected test cases that no run learns from, but {file} equals the training case {twin.name}: take "
-                "it out of the test folder."
-            )
+def _sets(request: Request, key: str) -> bool:
+    return any(setting.partition("=")[0] == key for setting in request.settings)
 
 
-def test_truths(test: Path, ending: str) -> dict[str, Path]:
-    """Returns the label files of a test folder by the names of their cases."""
-    return {file.name.removesuffix(ending): file for file in sorted((test / "labelsTs").glob(f"*{ending}"))}
+def _sha256(trainer: str, file: str) -> str:
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise MisfmError(f"the pretrained weights of {trainer}, {file}, cannot be read ({error.strerror}).") from error
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+# ---------------------------------------------------------------------- a recorded benchmark
 
 
-def _check_trainers(grid: Grid, plans: dict[str, Any], base: Path) -> None:
-    """Raises where a trainer is unknown, learns without labels, or would find no pretrained weights."""
-    for trainer, file in grid.weights.items():
-        if trainer not in grid.trainers:
-            raise MisfmError(f"expected --weights for one of {', '.join(grid.trainers)}, got them for {trainer!r}.")
-        if not Path(file).is_file():
-            raise MisfmError(f"expected pretrained weights for {trainer} at {file}, found none: check --weights.")
-    for name in grid.trainers:
-        try:
-            with redirect_stdout(io.StringIO()):  # nnU-Net tells how it searches
-                trainer = recursive_find_trainer_class_by_name(name)
-        except RuntimeError as error:
-            raise MisfmError(
-                f"expected the name of a trainer that nnU-Net finds, got {name!r}: check the spelling, and "
-                "nnUNet_extTrainer with nnUNetv2_misfm check."
-            ) from error
-        if not issubclass(trainer, nnUNetTrainer) or issubclass(trainer, PretextTrainer):
-            raise MisfmError(f"expected trainers that learn from labels, got {name}, which pretrains without any.")
-        if issubclass(trainer, FinetuneTrainer) and name not in grid.weights:
-            _check_weights(grid, trainer, plans, base)
+def _recorded(dataset: str, request: Request) -> Grid | None:
+    """Returns the recorded benchmark of this name; one of which no run was begun counts for nothing."""
+    if not has_grid(dataset, request.name):
+        return None
+    recorded = read_grid(dataset, request.name)
+    return recorded if is_begun(recorded) else None
 
 
-def _check_weights(grid: Grid, trainer: type[FinetuneTrainer], plans: dict[str, Any], base: Path) -> None:
-    """Raises where a fine-tuning trainer of the grid would find no weights by any of its routes."""
-    set_in_plans = any(s.startswith("pretrained_weights=") for s in grid.settings) or (
-        PlansManager(plans).get_configuration(grid.configuration).configuration.get("misfm") or {}
-    ).get("pretrained_weights")
-    if set_in_plans or os.environ.get(WEIGHTS_VARIABLE):
-        return
-    configurations = [grid.configuration]
-    while parent := plans["configurations"][configurations[-1]].get("inherits_from"):
-        configurations.append(parent)
-    results = Path(str(nnUNet_results)) / base.name
-    runs = [results / f"{trainer.pretrain_trainer}__{grid.plans}__{name}" for name in configurations]
-    for fold in dict.fromkeys(str(cell.run_fold) for cell in grid.cells):
-        if not any((run / f"fold_{f}" / "checkpoint_final.pth").is_file() for run in runs for f in ("all", fold)):
-            raise MisfmError(
-                f"{trainer.__name__} expected pretrained weights and would find none: pretrain first with "
-                f"nnUNetv2_train {base.name} {configurations[-1]} all -tr {trainer.pretrain_trainer} -p {grid.plans}, "
-                f"or name a file with --weights {trainer.__name__}=FILE."
-            )
+def _by_fold(grid: Grid) -> list[Draw]:
+    """Returns the draws in the order of their folds for nnU-Net, in which they were appended."""
+    folds = {cell.draw: cell.run_fold for cell in grid.cells}
+    return sorted(folds, key=lambda draw: (not isinstance(folds[draw], int), folds[draw]))
 
 
-def _extended(grid: Grid) -> Grid:
-    """Returns the recorded grid of this name with the new cells added, or the grid where nothing is recorded.
+def _in_recorded_order(
+    recorded: Grid | None, draws: Mapping[Draw, dict[str, list[str]]]
+) -> dict[Draw, dict[str, list[str]]]:
+    """Returns the splits of the recorded draws, as they were appended, and behind them the others."""
+    before = [] if recorded is None else [(draw, recorded.splits[draw.name]) for draw in _by_fold(recorded)]
+    return {**dict(before), **{draw: split for draw, split in draws.items() if draw not in dict(before)}}
+
+
+def _joined(recorded: Grid, grid: Grid, folds: Mapping[Draw, int | str]) -> Grid:
+    """Returns the recorded grid of this name with the new cells added.
 
     Raises:
-        MisfmError: The recorded one has other settings, or other cases under the name of a draw.
+        MisfmError: The recorded one has other settings, weights, or other cases under the name of a draw.
     """
-    if not has_grid(grid.dataset, grid.name):
-        return grid
-    recorded = read_grid(grid.dataset, grid.name)
-    for what in ("plans", "configuration", "settings", "test", "tolerance_mm"):
+    begun = f"benchmark {grid.name!r} of {grid.dataset} was begun with"
+    for what in _KEPT:
         old, new = getattr(recorded, what), getattr(grid, what)
         if old != new:
             raise MisfmError(
-                f"benchmark {grid.name!r} of {grid.dataset} was begun with {what} {_shown(old)}, got {_shown(new)}: "
-                "runs under different ones are no comparison; repeat the former or choose another --name."
+                f"{begun} {what} {_shown(old)}, got {_shown(new)}: runs under different ones are no comparison; repeat "
+                "the former or choose another --name."
             )
-    for trainer, file in grid.weights.items():
-        if recorded.weights.get(trainer, file) != file:
+    for trainer, sha256 in grid.weights_sha256.items():
+        if trainer in recorded.trainers and recorded.weights_sha256.get(trainer) != sha256:
+            before = recorded.weights.get(trainer, "those that its own routes led to")
             raise MisfmError(
-                f"benchmark {grid.name!r} was begun with the weights {recorded.weights[trainer]} for {trainer}, got "
-                f"{file}: choose another --name."
+                f"{begun} the weights {before} for {trainer}, got {grid.weights[trainer]} (SHA-256 {sha256[:12]}), "
+                "which are others: choose another --name."
             )
-    for draw, split in grid.splits.items():
-        if recorded.splits.get(draw, split) != split:
-            raise MisfmError(
-                f"benchmark {grid.name!r} was begun with other cases for {draw}: splits_final.json changed since; put "
-                "it back or choose another --name."
-            )
+    other = [name for name, split in grid.splits.items() if recorded.splits.get(name, split) != split]
+    moved = [cell.draw.name for cell in recorded.cells if folds.get(cell.draw, cell.run_fold) != cell.run_fold]
+    if other or moved:
+        raise MisfmError(
+            f"{begun} other cases for {(other + moved)[0]}: splits_final.json changed since; put it back or choose "
+            "another --name."
+        )
     trainers = list(dict.fromkeys([*recorded.trainers, *grid.trainers]))
-    cells = {cell.name: cell for cell in (*grid.cells, *recorded.cells)}  # a recorded fold stays
+    cells = {cell.name: cell for cell in (*recorded.cells, *grid.cells)}
     return replace(
         recorded,
         weights={**recorded.weights, **grid.weights},
+        weights_sha256={**recorded.weights_sha256, **grid.weights_sha256},
+        requests=tuple(dict.fromkeys([*recorded.requests, *grid.requests])),
         cells=tuple(sorted(cells.values(), key=lambda cell: (_order(cell.draw), trainers.index(cell.trainer)))),
         splits={**recorded.splits, **grid.splits},
     )
 
 
 def _order(draw: Draw) -> tuple[float, str, int]:
-    cases = float("inf") if isinstance(draw.train_cases, str) else draw.train_cases
+    cases = math.inf if isinstance(draw.train_cases, str) else draw.train_cases
     return cases, str(draw.fold), draw.seed
 
 
 def _shown(value: object) -> str:
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
-
-
-def cells_of(grid: Grid, request: Request) -> list[Cell]:
-    """Returns the cells of a grid that a request asks for (a recorded grid may hold more)."""
-    draws = draws_of(request.folds, request.train_cases, request.seeds)
-    return [cell for cell in grid.cells if cell.trainer in request.trainers and cell.draw in draws]

@@ -17,7 +17,7 @@ _SECONDS_IN_FILES = 60
 
 def num_epochs(trainer: str, settings: tuple[str, ...]) -> int:
     """Returns how many epochs a run takes by its settings or its trainer's name, for the estimate of the time left."""
-    for setting in settings:
+    for setting in reversed(settings):  # as in `configure`, the last one counts
         key, _, value = setting.partition("=")
         if key == "num_epochs" and value.isdigit():
             return int(value)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from nnunetv2_misfm.benchmark.answer import answer, warnings
+from nnunetv2_misfm.benchmark.reproduction import split_cases
 from nnunetv2_misfm.benchmark.results import Results
 from nnunetv2_misfm.benchmark.sections import Section, sections_of
 from nnunetv2_misfm.benchmark.tables import Table
@@ -20,6 +21,7 @@ from nnunetv2_misfm.errors import MisfmError
 HTML, MARKDOWN, FIGURES, TABLES = "report.html", "report.md", "figures", "csv"
 # What a number in a table may look like: with sign, thousands, spread, unit or interval, or a p value
 _NUMBER = re.compile(r"[<>≥≤]?\s*[+−-]?\d[\d.,e+−-]*(\s*(±|to|of|\(|%|e-).*)?")
+_FITS_A_PHONE = 560  # CSS pixels, ours: scaled to 360 a wider figure could not be read
 _GAPS = ("", "–", "-", "—", "missing")
 
 
@@ -103,20 +105,29 @@ def _write_tables(results: Results, sections: Sequence[Section], folder: Path) -
     for table in [table for section in sections for table in (*section.tables, *section.more)]:
         with open(folder / f"{table.slug}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([table.columns, *table.rows])
-
-    # `runs` takes the place of the shown table of that name, all of which it holds
-    long = {"cases": results.cases, "curves": results.curves, "runs": results.runs, "trainer_costs": results.costs}
+    long = {
+        "cases": results.cases,
+        "curves": results.curves,
+        "runs": results.runs,
+        "splits": split_cases(results),
+        "trainer_costs": results.costs,
+    }
     for name, table in long.items():
         table.to_csv(folder / f"{name}.csv", index=False)
 
 
 def _subtitle(results: Results) -> str:
-    grid, num_cases = results.grid, results.cases["case"].nunique()
-    kind = "test cases" if results.compared == "test" else "validation cases of the folds"
+    grid = results.grid
+    kind = "test case" if results.compared == "test" else "validation case"
     return (
-        f"{len(grid.trainers)} trainers, {grid.configuration} of {grid.plans}, {len(results.labels)} "
-        f"{'class' if len(results.labels) == 1 else 'classes'}, {num_cases} {kind}"
+        f"{_counted(len(grid.trainers), 'trainer', 's')}, {grid.configuration} of {grid.plans}, "
+        f"{_counted(len(results.labels), 'class', 'es')}, {_counted(results.cases['case'].nunique(), kind, 's')}"
+        f"{'' if results.compared == 'test' else ' of the folds'}"
     )
+
+
+def _counted(number: int, noun: str, ending: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else ending}"
 
 
 def _render(template: str, content: dict[str, Any]) -> str:
@@ -126,7 +137,8 @@ def _render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters |= {"md": _markdown, "breakable": _breakable}
     style = Markup(loader.get_source(environment, "style.css")[0])  # ours; quotes in it are not to be escaped
-    return environment.get_template(template).render(**content, style=style, text_columns=_text_columns, is_gap=_is_gap)
+    helpers = {"text_columns": _text_columns, "is_gap": _is_gap, "fits_a_phone": _FITS_A_PHONE}
+    return environment.get_template(template).render(**content, style=style, **helpers)
 
 
 def _markdown(text: object) -> str:

@@ -2,10 +2,9 @@
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 from matplotlib.figure import Figure
 from nnunetv2.paths import nnUNet_preprocessed
 
@@ -19,7 +18,9 @@ from nnunetv2_misfm.benchmark.figures import (
     to_png,
 )
 from nnunetv2_misfm.benchmark.pictures import choose, draw_case
+from nnunetv2_misfm.benchmark.reproduction import Commands, commands, draws_table, settings, weights_table
 from nnunetv2_misfm.benchmark.results import Results
+from nnunetv2_misfm.benchmark.statistics import case_scores, shared_draws, size_order
 from nnunetv2_misfm.benchmark.tables import (
     Table,
     comparison_tables,
@@ -64,14 +65,6 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Commands:
-    """Command lines below a heading."""
-
-    title: str
-    lines: list[str]
-
-
-@dataclass(frozen=True)
 class Section:
     """A section; its parts are shown in this order, and empty ones not at all.
 
@@ -83,7 +76,7 @@ class Section:
         tables: Tables.
         more: Tables that are folded away.
         more_title: What to unfold.
-        commands: Command lines, folded away.
+        commands: Command lines.
         terms: Pairs of a term and its text.
         citations: Works.
     """
@@ -97,7 +90,7 @@ class Section:
     more_title: str = ""
     commands: Sequence[Commands] = ()
     terms: Sequence[tuple[str, str]] = ()
-    citations: Sequence[Citation] = field(default=())
+    citations: Sequence[Citation] = ()
 
 
 def sections_of(results: Results) -> list[Section]:
@@ -107,6 +100,7 @@ def sections_of(results: Results) -> list[Section]:
         MisfmError: The trainers were not evaluated on the same cases.
     """
     scores, comparisons, runs = result_tables(results), comparison_tables(results), run_table(results)
+    weights = weights_table(results)
     long = len(runs.rows) > _MOST_ROWS
     return [
         Section(
@@ -140,13 +134,20 @@ def sections_of(results: Results) -> list[Section]:
             "reproduce",
             "How to reproduce it",
             texts=[
-                "The commands that were run, or would be, by the cases that they learn from: nnU-Net's own, and the "
-                "one that writes their settings into the plans."
+                "The benchmark's own command lines"
+                f"{', oldest first' if results.grid.requests else ' are not recorded'}; then the commands that it ran, "
+                "or would run, by the cases that they learn from: nnU-Net's own, and the one that writes their "
+                "configuration into the plans."
             ],
-            commands=_commands(results),
-            terms=_settings(results),
+            commands=commands(results),
+            terms=settings(results),
         ),
-        Section("hashes", "Weights and splits", tables=[_weights_table(results), _splits_table(results)]),
+        Section(
+            "hashes",
+            "Weights and splits",
+            texts=[] if weights else ["No finished run started from pretrained weights."],
+            tables=[*([weights] if weights else []), draws_table(results)],
+        ),
         Section("definitions", "Definitions", terms=definitions(results)),
         Section("cite", "What to cite", citations=citations(results.grid.trainers)),
         Section("made-with", "Hardware and versions", terms=[("Hardware", results.hardware), ("Versions", versions())]),
@@ -174,13 +175,26 @@ def _dice_section(results: Results) -> Section:
                 "above.",
                 "Mean over cases with 95 % bootstrap intervals over cases; faint dots are the means of single runs. "
                 "Intervals of one trainer alone may overlap where the paired difference is clear: the comparisons "
-                "above decide.",
+                f"above decide.{_other_cases(results)}",
                 figure,
             )
         ]
     )
     texts = [] if drawings else ["Nothing to draw: no draw was finished by every trainer."]
     return Section("labelled-cases", "Dice against labelled cases", texts, drawings)
+
+
+def _other_cases(results: Results) -> str:
+    """Returns a sentence where the means of different numbers of labelled cases rest on different cases."""
+    scores = case_scores(results.cases, shared_draws(results.runs))
+    cases = {str(size): frozenset(own["case"]) for size, own in scores.groupby("train_cases")}
+    if len(set(cases.values())) < 2:
+        return ""
+    counts = ", ".join(f"{len(cases[size])} with {size}" for size in sorted(cases, key=size_order))
+    return (
+        " The numbers of labelled cases are not all compared on the same cases, as other runs are finished "
+        f"({counts}): compare trainers at one number, not the ends of a line."
+    )
 
 
 def _curves_section(results: Results) -> Section:
@@ -230,6 +244,8 @@ def _pictures_section(results: Results) -> Section:
         f"The best, median and worst case by the mean Dice over classes of {who}, in one draw: {choice.draw}. The Dice "
         "above each panel is that trainer's in this case and draw."
     ]
+    if choice.all_equal:
+        texts.append("All cases have the same Dice there, so which are called best, median and worst is arbitrary.")
     drawings = []
     for rank, case in choice.cases.items():
         try:
@@ -240,72 +256,3 @@ def _pictures_section(results: Results) -> Section:
         alt = f"A slice of {case} with the contours of the truth and of the prediction, a panel for each trainer."
         drawings.append(_drawing(f"case_{rank}", f"The {rank} case", alt, f"The {rank} case of {who}: {case}.", figure))
     return Section("pictures", "Pictures", texts, drawings)
-
-
-def _commands(results: Results) -> list[Commands]:
-    """Returns the commands by draw, each once (trainers of a draw share its configuration)."""
-    names = {(str(c.draw.train_cases), str(c.draw.fold), c.draw.seed): str(c.draw) for c in results.grid.cells}
-    grouped: dict[str, list[str]] = {}
-    for row in results.runs.to_dict("records"):
-        lines = grouped.setdefault(names[str(row["train_cases"]), str(row["fold"]), int(row["seed"])], [])
-        lines += [line for line in _known(row["train_commands"]).splitlines() if line and line not in lines]
-    return [Commands(f"With {draw}", lines) for draw, lines in grouped.items() if lines]
-
-
-def _settings(results: Results) -> list[tuple[str, str]]:
-    grid = results.grid
-    terms = [
-        ("Dataset", grid.dataset),
-        ("Plans and configuration", f"{grid.plans}, {grid.configuration}"),
-        ("Settings, the same for every trainer", " ".join(grid.settings) or "those of the plans"),
-        (
-            "Compared on",
-            f"{grid.test} (imagesTs, labelsTs)" if results.compared == "test" else "the folds' validation cases",
-        ),
-    ]
-    return terms + [(f"Weights of {trainer}", file) for trainer, file in grid.weights.items()]
-
-
-def _weights_table(results: Results) -> Table:
-    runs = results.runs.to_dict("records")
-    found = dict.fromkeys(
-        (display_name(run["trainer"]), _known(run["weights_file"]), _known(run["weights_sha256"]), _share(run))
-        for run in runs
-        if _known(run["weights_sha256"])
-    )
-    return Table(
-        slug="weights",
-        title="Pretrained weights",
-        caption="Files that fine-tuning started from, and the share of the network's parameters that came from them."
-        + ("" if found else " No finished run started from pretrained weights."),
-        columns=["trainer", "file", "SHA-256", "share"],
-        rows=[list(row) for row in found],
-    )
-
-
-def _splits_table(results: Results) -> Table:
-    found = dict.fromkeys(
-        (
-            str(run["train_cases"]),
-            str(run["fold"]),
-            str(run["seed"]),
-            str(run["num_train"]),
-            _known(run["splits_sha256"]),
-        )
-        for run in results.runs.to_dict("records")
-    )
-    return Table(
-        slug="splits",
-        title="Splits",
-        caption="The cases that a draw learns from and is validated on; every trainer of a draw has the same.",
-        columns=["labelled cases", "fold", "seed", "training cases", "SHA-256"],
-        rows=[list(row) for row in found],
-    )
-
-
-def _share(run: dict) -> str:
-    return "–" if pd.isna(run["weights_share"]) else f"{100 * run['weights_share']:.1f} %"
-
-
-def _known(value: object) -> str:
-    return "" if value is None or (isinstance(value, float) and pd.isna(value)) else str(value)

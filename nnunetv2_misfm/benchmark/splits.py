@@ -1,4 +1,4 @@
-"""Which cases a run learns from: nested low-label splits, appended behind the user's folds.
+"""Which cases a run learns from, nested low-label splits behind the user's folds, and which it is tested on.
 
 nnU-Net trains on the entry of `splits_final.json` that a fold's number names, and on a random split where there is no
 such entry. So fewer cases are an entry more; those that are there stay as they are.
@@ -137,6 +137,11 @@ def append_splits(base: Path, cases: Sequence[str], draws: Mapping[Draw, Split])
         if extended != splits or not (base / SPLITS_FILE).is_file():
             write_json(extended, base / SPLITS_FILE)
     return folds
+
+
+def test_truths(test: Path, ending: str) -> dict[str, Path]:
+    """Returns the label files of a test folder by the names of their cases."""
+    return {file.name.removesuffix(ending): file for file in sorted((test / "labelsTs").glob(f"*{ending}"))}
 
 
 def splits_sha256(split: Split) -> str:

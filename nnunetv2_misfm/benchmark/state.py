@@ -3,17 +3,22 @@
 import json
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.benchmark.commands import test_predictions
+from nnunetv2_misfm.benchmark.damage import is_whole_checkpoint
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json
+from nnunetv2_misfm.benchmark.splits import splits_sha256
+from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.planning.plans_file import find_plans, read_json, write_json
 
 FINAL = "checkpoint_final.pth"
-# From which nnU-Net's --c goes on
 _EARLIER = ("checkpoint_latest.pth", "checkpoint_best.pth")
 RUN_FILE = "run.json"
+# What a training started from, beside its checkpoints
+START_FILE = "misfm_benchmark.json"
 
 
 class State(str, Enum):
@@ -25,11 +30,15 @@ class State(str, Enum):
 
 
 def state_of(grid: Grid, cell: Cell) -> State:
-    """Returns how far the training of a cell has come."""
-    folder = grid.results(cell)
-    if (folder / FINAL).is_file():
-        return State.TRAINED
-    return State.CUT if any((folder / name).is_file() for name in _EARLIER) else State.NEW
+    """Returns how far the training of a cell has come; a truncated checkpoint counts as none."""
+    files = checkpoints(grid, cell)
+    whole = [file.name for file in files if file.is_file() and is_whole_checkpoint(file)]
+    return State.TRAINED if FINAL in whole else State.CUT if whole else State.NEW
+
+
+def checkpoints(grid: Grid, cell: Cell) -> list[Path]:
+    """Returns the files, there or not, from which nnU-Net's --c goes on, in its order."""
+    return [grid.results(cell) / name for name in (FINAL, *_EARLIER)]
 
 
 def is_validated(grid: Grid, cell: Cell) -> bool:
@@ -48,9 +57,31 @@ def _is_younger(file: Path, than: Path) -> bool:
     return file.is_file() and than.is_file() and file.stat().st_mtime >= than.stat().st_mtime
 
 
+def is_begun(grid: Grid) -> bool:
+    """Whether any run of a grid was begun."""
+    return any((grid.folder / cell.name).is_dir() or grid.results(cell).is_dir() for cell in grid.cells)
+
+
+def note_start(grid: Grid, cell: Cell) -> None:
+    """Records beside the checkpoints-to-be which cases and which pretrained weights a training starts from."""
+    grid.results(cell).mkdir(parents=True, exist_ok=True)
+    write_json(_start_of(grid, cell), grid.results(cell) / START_FILE)
+
+
+def _start_of(grid: Grid, cell: Cell) -> dict[str, Any]:
+    weights = grid.weights_sha256.get(cell.trainer, "")
+    return {"splits_sha256": splits_sha256(grid.splits[cell.draw.name]), "weights_sha256": weights}
+
+
 def mismatch(grid: Grid, cell: Cell) -> str | None:
-    """Returns a sentence where the results of a cell come from other plans, numbers or classes than the grid's."""
-    model = grid.results(cell).parent
+    """Returns a sentence where the results of a cell are not those of the grid's plans, classes, cases or weights.
+
+    A training that was run by hand (the commands of a dry run) has no record of its start and is taken as it is.
+    """
+    model, start = grid.results(cell).parent, grid.results(cell) / START_FILE
+    if start.is_file() and (then := read_json(start)) != (now := _start_of(grid, cell)):
+        what = "cases" if then.get("splits_sha256") != now["splits_sha256"] else "pretrained weights"
+        return f"{start.parent} comes from a training with other {what}: delete it or use another --name."
     if not (model / "plans.json").is_file() or not (model / "dataset.json").is_file():
         return None
     plans_file = find_plans(grid.dataset, grid.plans)
@@ -73,9 +104,24 @@ def mismatch(grid: Grid, cell: Cell) -> str | None:
 
 
 def recorded_steps(grid: Grid, cell: Cell) -> list[dict]:
-    """Returns what the benchmark ran for a cell, oldest first: title, command, seconds, status, cases, machine."""
+    """Returns what the benchmark ran for a cell, oldest first: title, command, seconds, status, cases, machine.
+
+    Raises:
+        MisfmError: The file is damaged.
+    """
     file = grid.folder / cell.name / RUN_FILE
-    return json.loads(file.read_text()) if file.is_file() else []
+    if not file.is_file():
+        return []
+    try:
+        steps = json.loads(file.read_text())
+    except ValueError:
+        steps = None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise MisfmError(
+            f"expected a list of the commands that were run in {file}, got a damaged file: delete it (only their "
+            "times are lost)."
+        )
+    return steps
 
 
 def log_file(grid: Grid, cell: Cell) -> Path:

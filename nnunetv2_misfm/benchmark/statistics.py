@@ -12,11 +12,9 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from nnunetv2_misfm.benchmark.grid import ALL, STOCK, STOCK_WITH_LENGTH
+from nnunetv2_misfm.benchmark.grid import ALL
 from nnunetv2_misfm.benchmark.results import RUN_COLUMNS
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
-from nnunetv2_misfm.trainers.finetune import FinetuneTrainer
 
 # Draws by number of labelled cases, each a fold (as text) and a seed
 SharedDraws = Mapping[str, Sequence[tuple[str, int]]]
@@ -143,42 +141,6 @@ def run_means(cases: pd.DataFrame, draws: SharedDraws | None = None) -> pd.DataF
     return groups[list(METRICS)].mean().assign(n_cases=groups["case"].nunique()).reset_index()
 
 
-def stock_of(trainers: Sequence[str]) -> str | None:
-    """Returns the one that stands for stock nnU-Net: `nnUNetTrainer`, else `nnUNetTrainerBaseline`, else None."""
-    return next((name for name in (STOCK, STOCK_WITH_LENGTH) if name in trainers), None)
-
-
-def scratch_of(trainer: str, trainers: Sequence[str]) -> str | None:
-    """Returns the counterpart from scratch of a fine-tuned trainer, where it is among `trainers`.
-
-    It is the first of the trainer's ancestors that is among them and is not fine-tuned itself: the architecture mixin
-    (`nnUNetTrainerPCTNet` for `nnUNetTrainerPCTNetVF`), or `nnUNetTrainer` for the plans' networks. None for trainers
-    that start from scratch, and for those that are not of this package.
-    """
-    kind = getattr(nnunetv2_misfm_trainers, trainer, None)
-    if kind is None or not issubclass(kind, FinetuneTrainer):
-        return None
-    ancestors = [base.__name__ for base in kind.__mro__[1:] if not issubclass(base, FinetuneTrainer)]
-    return next((name for name in ancestors if name in trainers), None)
-
-
-def default_pairs(trainers: Sequence[str], stock: str | None = None) -> list[tuple[str, str]]:
-    """Returns the comparisons (trainer, reference) that a report shows.
-
-    Args:
-        trainers: In the order of the grid.
-        stock: The reference of all; `stock_of` the trainers where None.
-
-    Returns:
-        Every trainer against stock, then every fine-tuned trainer against its own counterpart from scratch.
-    """
-    stock = stock or stock_of(trainers)
-    against_stock = [(trainer, stock) for trainer in trainers if stock and trainer != stock]
-    counterparts = [(trainer, scratch_of(trainer, trainers)) for trainer in trainers]
-    against_scratch = [(trainer, scratch) for trainer, scratch in counterparts if scratch]
-    return list(dict.fromkeys(against_stock + against_scratch))
-
-
 def compare(
     scores: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],
@@ -193,7 +155,7 @@ def compare(
 
     Args:
         scores: From `case_scores`.
-        pairs: (trainer, reference), e.g. from `default_pairs`.
+        pairs: (trainer, reference), e.g. from `pairs.default_pairs`.
         metrics: Columns of `scores`.
         sizes: Numbers of training cases that get rows, even where nobody has scores; None takes those of `scores`.
 

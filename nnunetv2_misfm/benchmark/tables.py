@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from nnunetv2_misfm.benchmark.grid import ALL, STOCK
+from nnunetv2_misfm.benchmark.pairs import default_pairs
 from nnunetv2_misfm.benchmark.results import Results
 from nnunetv2_misfm.benchmark.statistics import (
     MEAN,
@@ -14,7 +15,6 @@ from nnunetv2_misfm.benchmark.statistics import (
     SharedDraws,
     case_scores,
     compare,
-    default_pairs,
     draw_order,
     run_means,
     shared_draws,
@@ -107,12 +107,14 @@ def run_table(results: Results) -> Table:
         for run in runs
     ]
     finished = sum(run["state"] == "finished" for run in runs)
+    are = "is" if finished == 1 else "are"
     return Table(
-        "runs",
+        "all_runs",
         "All runs",
-        f"{finished} of {len(runs)} planned runs are finished. Dice is the mean over cases and classes of the run "
+        f"{finished} of {len(runs)} planned runs {are} finished. Dice is the mean over cases and classes of the run "
         f"alone. Weights and splits: the first {HASH_DIGITS} digits of the SHA-256 of the pretrained weights and of "
-        "the lists of cases.",
+        "the lists of cases. The file csv/runs.csv of the report's folder holds the runs with all their digits, "
+        "commands and times.",
         ["trainer", "training cases", "fold", "seed", "state", "why", METRICS["dice"].title, "weights", "splits"],
         rows,
     )
@@ -137,12 +139,15 @@ def cost_table(results: Results) -> Table:
                 _number(time.get("prediction_s_per_case"), 2),
             ]
         )
+    predicted = ""
+    if results.compared == "test":
+        predicted = f" Prediction: {'with' if results.grid.mirroring else 'without'} nnU-Net's mirroring."
     heads = ["parameters (million)", "GFLOPs per patch", "seconds per epoch", "peak memory (GiB)", "kind of memory"]
     return Table(
         "costs",
         "Costs",
         "GFLOPs: a forward pass of one patch, a multiplication and an addition counted as two. Memory: the peak of a "
-        f"training step. Times: the median over the runs of a trainer. Hardware: {results.hardware}.",
+        f"training step. Times: the median over the runs of a trainer.{predicted} Hardware: {results.hardware}.",
         ["trainer", *heads, "prediction (s per case)"],
         rows,
     )
@@ -204,9 +209,9 @@ def _caption(results: Results, size: str, metric: str, draws: Sequence[tuple[str
     if metric == "surface_dice":
         sentences.append(f"Tolerance {results.grid.tolerance_mm:g} mm.")
     if draws:
-        kind = "test" if results.compared == "test" else "validation"
+        kind = f"{'test' if results.compared == 'test' else 'validation'} case{'' if num_cases == 1 else 's'}"
         sentences.append(
-            f"Mean ± standard deviation over {num_cases} {kind} cases; a case's score is its mean over its runs. "
+            f"Mean ± standard deviation over {num_cases} {kind}; a case's score is its mean over its runs. "
             f"{_runs_in_words(draws)}, the same for every trainer; std over runs is that of their means."
         )
     elif (results.runs.loc[results.runs["train_cases"].astype(str) == size, "state"] == "finished").any():
@@ -274,13 +279,16 @@ def _comparison_table(metric: str, compared: pd.DataFrame) -> Table:
     ]
     counts = compared.loc[compared["n_cases"] > 1, "n_cases"]
     few = f" Intervals of fewer than {FEW_CASES} cases tend to be too narrow." if (counts < FEW_CASES).any() else ""
+    comparisons = f"the {len(counts)} comparisons of this table"
+    if len(counts) < 2:
+        comparisons = "a single comparison, and so changes nothing"
     return Table(
         f"comparison_{SLUGS[metric]}",
         f"{shown.title}: paired differences",
         f"Differences of the cases' class means in {shown.unit}, first minus second; "
         f"{'above' if shown.larger_is_better else 'below'} zero the first is better. Interval: bootstrap over cases, "
         "95 %; it does not hold the spread over seeds. p: Wilcoxon's signed-rank test, two-sided; Holm's correction is "
-        f"over the {len(counts)} comparisons of this table. Better and worse ask for an "
+        f"over {comparisons}. Better and worse ask for an "
         f"interval without zero and a corrected p below 0.05; all else is level.{few}",
         ["pair", "training cases", "n cases", "difference", "95 % interval", "p", "p (Holm)", "verdict"],
         rows,

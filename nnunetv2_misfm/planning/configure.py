@@ -48,6 +48,19 @@ def configure(dataset: str, configuration: str, name: str, settings: Sequence[st
         MisfmError: No such plans or configuration, an unknown key, a wrong value, a name that is taken, or settings
             from which no network can be built; the plans are as before.
     """
+    plans_file, content = configured(dataset, configuration, name, settings, plans)
+    write_json(content, plans_file)
+    return plans_file
+
+
+def configured(
+    dataset: str, configuration: str, name: str, settings: Sequence[str], plans: str = "nnUNetPlans"
+) -> tuple[Path, dict[str, Any]]:
+    """Returns the plans file and its content with the configuration that `configure` would write; writes nothing.
+
+    Raises:
+        MisfmError: As `configure`.
+    """
     plans_file = find_plans(dataset, plans)
     content = read_json(plans_file)
     configurations = content["configurations"]
@@ -67,8 +80,7 @@ def configure(dataset: str, configuration: str, name: str, settings: Sequence[st
     read_recipes(entry.get("misfm"), Recipe())
     content["configurations"] = {**configurations, name: entry}
     _check_networks(PlansManager(content), name, entry)
-    write_json(content, plans_file)
-    return plans_file
+    return plans_file, content
 
 
 def _check_name(name: str, configuration: str, configurations: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ import torch
 from conftest import Workspace
 
 # Called as nnUNetv2_train or nnUNetv2_predict would be. FAIL holds trainers that fail, CUT those that end before their
-# last epoch the first time. A prediction is the truth.
+# last epoch the first time, HANG those that never end, nor does the worker that they start; both hold a lock. A
+# prediction is the truth, or the image where there is none; CUT_PREDICTION leaves half of the last one.
 STAND_IN = """
-import json, os, pathlib, shutil, sys
+import fcntl, json, os, pathlib, shutil, sys, time
 preprocessed, results = (pathlib.Path(os.environ["nnUNet_" + name]) for name in ("preprocessed", "results"))
 program, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 with open(os.environ["STAND_IN_LOG"], "a") as log:
@@ -28,8 +29,16 @@ base = preprocessed / dataset
 if program == "nnUNetv2_predict":
     target = pathlib.Path(value("-o"))
     target.mkdir(parents=True, exist_ok=True)
-    for truth in pathlib.Path(value("-i")).parent.joinpath("labelsTs").glob("*.nii.gz"):
-        shutil.copy(truth, target)
+    ending = "_0000.nii.gz"
+    for image in sorted(pathlib.Path(value("-i")).glob("*" + ending)):
+        prediction = target / (image.name.removesuffix(ending) + ".nii.gz")
+        if prediction.exists() and "--continue_prediction" in arguments:
+            continue
+        truth = image.parent.parent / "labelsTs" / prediction.name
+        shutil.copy(truth if truth.exists() else image, prediction)
+    if os.environ.get("CUT_PREDICTION"):
+        prediction.write_bytes(prediction.read_bytes()[:-40])
+        sys.exit(9)
     sys.exit()
 if trainer in os.environ.get("FAIL", "").split():
     print("RuntimeError: CUDA out of memory")
@@ -38,16 +47,28 @@ folder.mkdir(parents=True, exist_ok=True)
 for source in (base / f"{plans}.json", base / "dataset.json"):
     shutil.copy(source, model / source.name.replace(plans, "plans"))
 print("2026-01-01 00:00:00.0: Epoch 0", flush=True)
+if trainer in os.environ.get("HANG", "").split():
+    lock = open(os.environ["STAND_IN_LOG"] + ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if os.fork():
+        lock.write("hangs")
+        lock.flush()
+    time.sleep(60)
+    sys.exit()
 if trainer in os.environ.get("CUT", "").split() and "--c" not in arguments:
-    (folder / "checkpoint_best.pth").write_bytes(b"")
+    shutil.copyfile(os.environ["STAND_IN_CHECKPOINT"], folder / "checkpoint_best.pth")
     sys.exit(9)
 if "--val" not in arguments:
     shutil.copyfile(os.environ["STAND_IN_CHECKPOINT"], folder / "checkpoint_final.pth")
 if os.environ.get("nnUNet_misfm_skip_validation") != "1":
-    split = json.loads((base / "splits_final.json").read_text())[int(fold)]
+    truths = base / "gt_segmentations"
+    if fold == "all":
+        cases = [file.name.removesuffix(".nii.gz") for file in truths.glob("*.nii.gz")]
+    else:
+        cases = json.loads((base / "splits_final.json").read_text())[int(fold)]["val"]
     (folder / "validation").mkdir(exist_ok=True)
-    for case in split["val"]:
-        shutil.copy(base / "gt_segmentations" / f"{case}.nii.gz", folder / "validation")
+    for case in cases:
+        shutil.copy(truths / f"{case}.nii.gz", folder / "validation")
     (folder / "validation" / "summary.json").write_text("{}")
 """
 # What nnU-Net logs of three epochs, and keeps in its checkpoints

@@ -53,7 +53,7 @@ def test_runs_that_failed_or_never_ran_stay_visible(
     finished()
     made_grid(workspace, train_cases=[3])  # joins the benchmark, is not run
     runs = gather("555").runs
-    states = {(r["trainer"], r["train_cases"]): (r["state"], r["why"]) for r in runs.to_dict("records")}
+    states = {(r["trainer"], r["train_cases"]): (r["state"], r["why"].split(";")[0]) for r in runs.to_dict("records")}
     assert states == {
         (STOCK, "3"): ("missing", "not run yet"),
         (PCT, "3"): ("missing", "not run yet"),
@@ -79,6 +79,48 @@ def test_a_lost_prediction_leaves_its_run_out(finished: Callable[..., Grid]) -> 
     (grid.folder / grid.cells[0].name / "test" / "other_20.nii.gz").unlink()
     row = gather("555").runs.set_index("trainer").loc[STOCK]
     assert (row["state"], row["why"]) == ("unfinished", "1 test cases are not predicted yet by its final weights")
+
+
+def test_stale_validation_predictions_are_not_scored(finished: Callable[..., Grid]) -> None:
+    grid = finished(test=False)
+    final = grid.results(grid.cells[0]) / "checkpoint_final.pth"
+    os.utime(final, (final.stat().st_mtime + 60,) * 2)
+    row = gather("555").runs.set_index("trainer").loc[STOCK]
+    assert (
+        row["state"] == "unfinished" and row["why"] == "its validation cases are not predicted yet by its final weights"
+    )
+
+
+@pytest.mark.parametrize("name", ["scores_test.csv", "run.json", "pretrained_weights.json"])
+def test_damaged_records_of_a_run_do_not_stop_the_report(finished: Callable[..., Grid], name: str) -> None:
+    grid = finished()
+    folder = grid.results(grid.cells[0]) if name == "pretrained_weights.json" else grid.folder / grid.cells[0].name
+    (folder / name).write_text("")
+    states = gather("555").runs.set_index("trainer")["state"]
+    assert states[PCT] == "finished"
+    assert states[STOCK] == ("finished" if name == "scores_test.csv" else "unfinished")  # scores are computed anew
+
+
+def test_a_removed_test_folder_is_named(workspace: Workspace, finished: Callable[..., Grid]) -> None:
+    finished()
+    (workspace.root / "test").rename(workspace.root / "elsewhere")
+    with pytest.raises(MisfmError, match=r"expected labels \*.nii.gz in .*test/labelsTs, found none: put them back"):
+        gather("555")
+
+
+def test_a_training_on_other_cases_is_mismatched(workspace: Workspace, finished: Callable[..., Grid]) -> None:
+    grid = finished(train_cases=[2])
+    for cell in grid.cells:
+        start = grid.results(cell) / "misfm_benchmark.json"
+        start.write_text(json.dumps({**json.loads(start.read_text()), "splits_sha256": "0"}))
+    with pytest.raises(MisfmError, match="comes from a training with other cases: delete it or use another --name"):
+        gather("555")
+
+
+def test_validation_cases_of_the_fold_all_are_not_compared(workspace: Workspace, finished: Callable[..., Grid]) -> None:
+    finished(folds=["all"])
+    with pytest.raises(MisfmError, match=r"has runs of the fold 'all', which learn from every case: .* \(--on test\)"):
+        gather("555", compared="validation")
 
 
 def test_a_checkpoint_without_curves_is_named(finished: Callable[..., Grid]) -> None:

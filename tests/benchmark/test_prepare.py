@@ -8,10 +8,11 @@ import pytest
 from conftest import Workspace
 
 from nnunetv2_misfm.benchmark.benchmark import dry
-from nnunetv2_misfm.benchmark.grid import Draw, read_grid
+from nnunetv2_misfm.benchmark.grid import Draw, Grid, read_grid
 from nnunetv2_misfm.benchmark.prepare import Request, cells_of, plan_grid, prepare, weights_by_trainer
 from nnunetv2_misfm.benchmark.run import Options
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.planning.configure import configure
 
 STOCK, PCT, VF = "nnUNetTrainer", "nnUNetTrainerPCTNet", "nnUNetTrainerPCTNetVF"
 
@@ -40,13 +41,15 @@ def test_planning_writes_nothing(workspace: Workspace) -> None:
 
 
 def test_dry_run_prints_the_exact_commands(workspace: Workspace) -> None:
-    asked = request(train_cases=[2], seeds=[3], settings=["num_epochs=5"], test=workspace.root / "test")
+    asked = request(
+        train_cases=[2], seeds=[3], settings=["num_epochs=5"], test=workspace.root / "test", mirroring=False
+    )
     grid = plan_grid(asked)
     test, results = workspace.root / "test", workspace.results
     config = "quick_benchmark_n2_s3"
     out = {t: results / "misfm_benchmark" / f"{t}__n2__fold0__seed3" / "test" for t in (STOCK, PCT)}
     common = f"-p nnUNetPlans -i {test}/imagesTs -o"
-    assert dry(grid, cells_of(grid, asked), Options(device="cpu", mirroring=False)).splitlines() == [
+    assert dry(grid, cells_of(grid, asked), Options(device="cpu")).splitlines() == [
         "# the folds 2 behind those in splits_final.json",
         "# configurations, one per number of cases and seed",
         f"nnUNetv2_misfm configure -d Dataset555_Toy -c quick -p nnUNetPlans --name {config} num_epochs=5 seed=3",
@@ -61,8 +64,16 @@ def test_dry_run_prints_the_exact_commands(workspace: Workspace) -> None:
 
 
 def test_the_stock_trainer_is_untouched_unless_its_length_is_set(workspace: Workspace) -> None:
-    runs = {s: plan_grid(request(settings=[s])).cells[0].run_trainer for s in ("batch_size=2", "num_epochs=2")}
-    assert runs == {"batch_size=2": STOCK, "num_epochs=2": "nnUNetTrainerBaseline"}
+    untouched = plan_grid(request(configuration="3d_fullres", settings=["batch_size=2"]))
+    assert untouched.cells[0].run_trainer == STOCK
+    for changes in ({"configuration": "3d_fullres", "settings": ["num_epochs=2"]}, {"configuration": "quick"}):
+        assert plan_grid(request(**changes)).cells[0].run_trainer == "nnUNetTrainerBaseline"  # quick has a length
+
+
+def begin(grid: Grid) -> None:
+    """Prepares a grid and leaves a trace of its first run."""
+    prepare(grid)
+    (grid.folder / grid.cells[0].name).mkdir()
 
 
 def test_what_is_written_is_what_was_planned(workspace: Workspace) -> None:
@@ -81,7 +92,7 @@ def test_what_is_written_is_what_was_planned(workspace: Workspace) -> None:
 
 
 def test_more_trainers_and_draws_join_a_recorded_benchmark(workspace: Workspace) -> None:
-    prepare(plan_grid(request(train_cases=[3])))
+    begin(plan_grid(request(train_cases=[3])))
     more = request(trainers=[PCT, "nnUNetTrainerFMUNet"], train_cases=[2, 3])
     grid = plan_grid(more)
     assert {*grid.trainers} == {STOCK, PCT, "nnUNetTrainerFMUNet"}
@@ -99,18 +110,19 @@ def test_more_trainers_and_draws_join_a_recorded_benchmark(workspace: Workspace)
     [
         ({"settings": ["num_epochs=3"]}, "was begun with settings none, got num_epochs=3"),
         ({"tolerance_mm": 2.0}, "was begun with tolerance_mm 1.0, got 2.0"),
+        ({"mirroring": False}, "was begun with mirroring True, got False"),
         ({"configuration": "3d_fullres"}, "was begun with configuration quick, got 3d_fullres"),
     ],
 )
 def test_a_recorded_benchmark_keeps_its_settings(workspace: Workspace, changes: dict, sentence: str) -> None:
-    prepare(plan_grid(request()))
+    begin(plan_grid(request()))
     with pytest.raises(MisfmError, match=sentence):
         plan_grid(request(**changes))
     plan_grid(request(**changes, name="other"))
 
 
 def test_changed_splits_are_noticed(workspace: Workspace) -> None:
-    prepare(plan_grid(request(train_cases=[2])))
+    begin(plan_grid(request(train_cases=[2])))
     file = workspace.base / "splits_final.json"
     splits = json.loads(file.read_text())
     file.write_text(json.dumps([splits[1], splits[0], *splits[2:]]))
@@ -131,6 +143,13 @@ def test_changed_splits_are_noticed(workspace: Workspace) -> None:
         ({"trainers": [VF], "weights": {VF: Path("absent.pth")}}, "weights for nnUNetTrainerPCTNetVF at .*, found"),
         ({"weights": {VF: Path("absent.pth")}}, "expected --weights for one of nnUNetTrainer, .*, got them for"),
         ({"name": "a__b"}, "expected a --name of letters"),
+        ({"tolerance_mm": float("nan")}, "expected a --tolerance above 0 mm, got nan"),
+        ({"train_cases": [0]}, "expected --train-cases of 1 or more, or all, got 0"),
+        ({"settings": ["seed=3"]}, "expected seeds by --seeds, got one in --set"),
+        ({"settings": ["bogus=1"]}, "unknown key 'bogus'"),
+        ({"settings": ["num_epochs=0"]}, "num_epochs must be a number above 0, got 0"),
+        ({"trainers": [STOCK, "nnUNetTrainerBaseline"]}, "expected nnUNetTrainer or nnUNetTrainerBaseline, got both"),
+        ({"trainers": ["nnUNetTrainer_5epochs"]}, "got nnUNetTrainer_5epochs, which has its own: leave the length out"),
         ({"dataset": "777"}, "expected the number or name of a dataset, got '777'"),
         ({"test": Path("nowhere")}, r"expected labels \*.nii.gz in .*nowhere/labelsTs, found none"),
     ],
@@ -162,6 +181,65 @@ def test_weights_are_taken_from_a_finished_pretraining(workspace: Workspace) -> 
     run.mkdir(parents=True)
     (run / "checkpoint_final.pth").write_bytes(b"")
     assert plan_grid(request(trainers=[VF])).weights == {}
+
+
+def test_weights_are_those_of_the_first_runs(workspace: Workspace) -> None:
+    weights = workspace.root / "a.pth"
+    weights.write_bytes(b"a")
+    asked = request(trainers=[VF], weights={VF: weights})
+    begin(plan_grid(asked))
+    assert plan_grid(request(trainers=[VF])).weights == {VF: str(weights)}  # recorded
+    weights.write_bytes(b"b")
+    with pytest.raises(MisfmError, match="was begun with the weights .*a.pth for nnUNetTrainerPCTNetVF, got .*others"):
+        plan_grid(asked)
+
+
+def test_weights_that_would_not_be_used_are_refused(workspace: Workspace) -> None:
+    weights = workspace.root / "a.pth"
+    weights.write_bytes(b"a")
+    with pytest.raises(
+        MisfmError, match="expected --weights for a trainer that fine-tunes, got them for nnUNetTrainerP"
+    ):
+        plan_grid(request(weights={PCT: weights}))
+    with pytest.raises(MisfmError, match="expected --weights or pretrained_weights in --set, got both"):
+        plan_grid(request(trainers=[VF], weights={VF: weights}, settings=["pretrained_weights=b.pth"]))
+    plans = json.loads((workspace.base / "nnUNetPlans.json").read_text())
+    plans["configurations"]["quick"]["misfm"]["pretrained_weights"] = "b.pth"
+    (workspace.base / "nnUNetPlans.json").write_text(json.dumps(plans))
+    with pytest.raises(MisfmError, match=r"expected --weights or pretrained_weights in quick, got both: .* \(b.pth\)"):
+        plan_grid(request(trainers=[VF], weights={VF: weights}))
+
+
+def test_a_benchmark_of_which_nothing_was_begun_may_change(workspace: Workspace) -> None:
+    prepare(plan_grid(request()))
+    assert plan_grid(request(settings=["num_epochs=3"])).settings == ("num_epochs=3",)
+
+
+def test_configurations_of_two_benchmarks_do_not_collide(workspace: Workspace) -> None:
+    configure("555", "quick", "quick_a", ["batch_size=2"])
+    prepare(plan_grid(request(configuration="quick_a", name="b")))
+    with pytest.raises(MisfmError, match="quick_a_b_nall_s0 belongs to the benchmark 'b' already"):
+        plan_grid(request(name="a_b"))
+
+
+def test_recorded_splits_come_back_behind_a_restored_file(workspace: Workspace) -> None:
+    file = workspace.base / "splits_final.json"
+    users = file.read_bytes()
+    begin(plan_grid(request(train_cases=[3])))
+    first = plan_grid(request(train_cases=[2, 3]))
+    prepare(first)
+    appended = json.loads(file.read_text())
+    file.write_bytes(users)
+    again = plan_grid(request(train_cases=[2, 3]))
+    assert [c.run_fold for c in again.cells] == [c.run_fold for c in first.cells]
+    prepare(again)
+    assert json.loads(file.read_text()) == appended
+
+
+def test_the_command_lines_are_recorded_once_each(workspace: Workspace) -> None:
+    begin(plan_grid(request(command="first")))
+    prepare(plan_grid(request(command="second", train_cases=[2])))
+    assert plan_grid(request(command="first")).requests == ("first", "second")
 
 
 def test_weights_are_texts_of_trainer_and_file() -> None:

@@ -88,6 +88,7 @@ def test_every_gpu_has_one_run_at_a_time(
     workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("nnunetv2_misfm.benchmark.run.describe_machine", lambda device: "two GPUs")
     grid = made_grid(workspace, train_cases=[2, 3])
     assert states(run_grid(grid, grid.cells, Options(jobs=2))) == ["finished"] * 4
