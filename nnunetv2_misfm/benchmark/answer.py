@@ -123,8 +123,12 @@ def _against(pair: tuple[str, str], stock: str | None, table: pd.DataFrame, draw
 
 
 def _with_difference(row: Mapping[str, Any]) -> str:
-    points = f"{row['train_cases']} ({100 * row['mean_difference']:+.1f} points"
-    return points + (f", {100 * row['low']:+.1f} to {100 * row['high']:+.1f})" if row["better"] else ")")
+    points = f"{row['train_cases']} ({_points(row['mean_difference'])} points"
+    return points + (f", {_points(row['low'])} to {_points(row['high'])})" if row["better"] else ")")
+
+
+def _points(difference: float) -> str:
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # turns -0.0 into 0.0
 
 
 def _evidence(results: Results, table: pd.DataFrame, draws: SharedDraws) -> list[str]:

@@ -68,4 +68,5 @@ def legend_columns(labels: Sequence[str], width_inches: float, font_size: float,
     with style.context(["default", STYLE]):
         longest = max(TextPath((0, 0), label, size=font_size).get_extents().width for label in labels)
     fitting = int(width_inches * _POINTS_PER_INCH // (longest + _BESIDE_TEXT * font_size))
-    return max(1, min(at_most, len(labels), fitting))
+    rows = -(-len(labels) // max(1, min(at_most, fitting)))
+    return -(-len(labels) // rows)  # rows of about the same length

@@ -16,7 +16,7 @@ SURFACE_DISTANCE = (
 _PACKAGES = ("nnunetv2-misfm", "nnunetv2", "torch", "numpy", "scipy", "surface-distance", "monai")
 KEY_READERS = (
     "nnU-Net's own keys, such as batch_size and patch_size, hold for all trainers, architecture.* for the plans' "
-    "network alone; of the `misfm` block the untouched nnUNetTrainer reads nothing, nnUNetTrainerBaseline reads "
+    "network alone; of the block misfm the untouched nnUNetTrainer reads nothing, nnUNetTrainerBaseline reads "
     "num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch and seed, and this package's other trainers "
     "read the rest too, but features_per_stage only where the network is PCT-Net or FMUNet, num_heads and "
     "attention_dropout only where it is PCT-Net."

@@ -12,9 +12,10 @@ UNREADABLE = ".unreadable"
 
 
 def heal(grid: Grid, cell: Cell) -> None:
-    """Renames truncated checkpoints of a cell, from which nnU-Net's `--c` would go on, and deletes truncated predictions.
+    """Renames truncated checkpoints of a cell and deletes truncated predictions.
 
-    nnU-Net's `--continue_prediction` would keep those. Only predictions that were not scored yet are looked at.
+    nnU-Net's `--c` would go on from the former, its `--continue_prediction` would keep the latter. Only predictions
+    that were not scored yet are looked at.
     """
     for file in checkpoints(grid, cell):
         if file.is_file() and not is_whole_checkpoint(file):

@@ -241,8 +241,8 @@ def _draw_panels(
     aspect: float,
     head_is_last: bool,
 ) -> Figure:
-    columns = min(_COLUMNS, len(titles))
-    rows = -(-len(titles) // columns)
+    rows = -(-len(titles) // _COLUMNS)
+    columns = -(-len(titles) // rows)  # rows of about the same length
     present = [label for label in truth if any(masks[label].any() for masks in [truth, *predictions] if masks)]
     colours = class_colours(list(truth))
     width = max(columns * _COLUMN_INCHES, 2 * _COLUMN_INCHES)

@@ -16,7 +16,7 @@ from typing import BinaryIO, NoReturn
 
 # Seconds between two looks at whether to stop: ours
 _POLL_SECONDS = 0.2
-# Seconds that a stopped command has to end by itself: ours, well below the 30 s after which SLURM kills a job (KillWait)
+# Seconds that a stopped command has to end by itself: ours, well below the 30 s after which SLURM kills (KillWait)
 _GRACE_SECONDS = 10
 _CHUNK_BYTES = 1 << 16
 # Of SLURM and systemd; of a terminal that closed

@@ -19,8 +19,8 @@ from nnunetv2_misfm.benchmark.tables import Table
 from nnunetv2_misfm.errors import MisfmError
 
 HTML, MARKDOWN, FIGURES, TABLES = "report.html", "report.md", "figures", "csv"
-# What a number in a table may look like: with sign, thousands, spread, unit or interval, or a p value
-_NUMBER = re.compile(r"[<>≥≤]?\s*[+−-]?\d[\d.,e+−-]*(\s*(±|to|of|\(|%|e-).*)?")
+# What a number in a table may look like: with sign, thousands, spread, unit or interval, a p value, or all cases
+_NUMBER = re.compile(r"[<>≥≤]?\s*[+−-]?\d[\d.,e+−-]*(\s*(±|to|of|\(|%|e-).*)?|all( \(\d+\))?")
 _FITS_A_PHONE = 560  # CSS pixels, ours: scaled to 360 a wider figure could not be read
 _GAPS = ("", "–", "-", "—", "missing")
 

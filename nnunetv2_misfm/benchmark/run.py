@@ -169,7 +169,7 @@ def run_grid(grid: Grid, cells: Sequence[Cell], options: Options) -> list[Outcom
 
 
 def _epochs(grid: Grid, cell: Cell, options: Options) -> int:
-    """Returns a cell's share of the bar, 0 where nothing is left to run or that cannot be told (its run will say why)."""
+    """Returns a cell's share of the bar, 0 where nothing is left to run or that cannot be told (its run says why)."""
     try:
         return num_epochs(cell.run_trainer, grid.settings) if remaining(grid, cell, options) else 0
     except Exception:
@@ -234,6 +234,7 @@ def _run_command(work: _Work, cell: Cell, command: Command, slot: str | None, sh
     kept, log, started = _predicted(grid, cell), log_file(grid, cell), time.time()
     with log.open("ab") as stream:
         stream.write(f"$ {command}\n".encode())
+        stream.flush()
         status = run_process(
             [find_script(command.arguments[0]), *command.arguments[1:]],
             {**environment(slot), **command.variables, "PYTHONUNBUFFERED": "1"},

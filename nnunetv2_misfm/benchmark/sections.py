@@ -33,7 +33,7 @@ from nnunetv2_misfm.planning.plans_file import read_json
 
 # The metrics that the paper reports; the others are folded away
 _SHOWN_FIRST = ("dice", "assd", "comparison_dice", "comparison_assd")
-_MOST_ROWS = 24  # ours: a longer table of runs is folded away
+_MOST_ROWS = 24  # ours: a longer table of runs or splits is folded away
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def sections_of(results: Results) -> list[Section]:
         MisfmError: The trainers were not evaluated on the same cases.
     """
     scores, comparisons, runs = result_tables(results), comparison_tables(results), run_table(results)
-    weights = weights_table(results)
+    weights, draws = weights_table(results), draws_table(results)
     long = len(runs.rows) > _MOST_ROWS
     return [
         Section(
@@ -146,7 +146,9 @@ def sections_of(results: Results) -> list[Section]:
             "hashes",
             "Weights and splits",
             texts=[] if weights else ["No finished run started from pretrained weights."],
-            tables=[*([weights] if weights else []), draws_table(results)],
+            tables=[*([weights] if weights else []), *([] if len(draws.rows) > _MOST_ROWS else [draws])],
+            more=[draws] if len(draws.rows) > _MOST_ROWS else [],
+            more_title=f"All {len(draws.rows)} splits",
         ),
         Section("definitions", "Definitions", terms=definitions(results)),
         Section("cite", "What to cite", citations=citations(results.grid.trainers)),

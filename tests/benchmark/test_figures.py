@@ -10,8 +10,8 @@ from matplotlib import rcParams
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from nnunetv2_misfm.benchmark.colours import class_colours, trainer_colours, trainer_markers
-from nnunetv2_misfm.benchmark.convergence import curves_by_size, epochs_table, epochs_to_reach, size_label
+from nnunetv2_misfm.benchmark.colours import class_colours, legend_columns, trainer_colours, trainer_markers
+from nnunetv2_misfm.benchmark.convergence import curves_by_size, epochs_run, epochs_table, epochs_to_reach, size_label
 from nnunetv2_misfm.benchmark.figures import (
     dice_against_cases,
     distributions,
@@ -104,6 +104,41 @@ def test_dice_stands_at_the_actual_number_of_cases_and_a_gap_breaks_the_line(res
     assert np.isnan(of_scratch.get_ydata()).tolist() == [False, True, False]
     scores = results.cases[(results.cases["trainer"] == STOCK) & (results.cases["train_cases"] == "10")]
     assert axes.containers[0].lines[0].get_ydata()[1] == pytest.approx(100 * scores["dice"].mean())
+
+
+def test_with_a_single_number_of_cases_the_trainers_stand_close_to_it(tmp_path: Path) -> None:
+    figure = dice_against_cases(toy_results(tmp_path, sizes=("10",), files=False))
+    assert figure is not None
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    places = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
+    assert len(set(places)) == 3 and max(abs(place - 10) for place in places) < 0.03 * (high - low)
+    assert low < 6 and high > 14
+
+
+def test_the_ticks_of_epochs_are_whole_and_a_single_epoch_is_a_dot(results: Results) -> None:
+    curves = results.curves
+    two, one = (learning_curves(replace(results, curves=curves[curves["epoch"] < n])) for n in (2, 1))
+    assert two is not None and one is not None
+    ticks = two.axes[0].get_xticks()
+    assert len(ticks) > 1 and all(tick == round(tick) for tick in ticks)
+    assert {line.get_marker() for line in one.axes[0].lines} == {"o"}
+    assert "o" not in {line.get_marker() for line in two.axes[0].lines}
+
+
+def test_a_legend_fits_the_figure_with_any_names() -> None:
+    assert legend_columns(["a", "b"], 8.0, 10, 4) == 2
+    assert legend_columns(["a"] * 5, 8.0, 10, 4) == 3  # two rows, three and two
+    assert legend_columns(["n" * 40] * 4, 4.6, 10, 4) == 1
+
+
+def test_runs_of_other_lengths_are_told_by_trainer(results: Results) -> None:
+    curves = results.curves
+    short = curves[~((curves["trainer"] == SCRATCH) & (curves["epoch"] > 2) & (curves["seed"] == 0))]
+    lengths = epochs_run(replace(results, curves=short.assign(pseudo_dice=np.nan)))
+    assert lengths["5"] == {STOCK: (6, 6), SCRATCH: (3, 3), FINETUNED: (6, 6)}
+    assert lengths["all"][SCRATCH] == (3, 6)
+    assert SCRATCH not in lengths["10"]
 
 
 def test_an_interval_holds_its_mean_and_a_single_case_has_none(results: Results) -> None:

@@ -74,6 +74,21 @@ def test_without_fine_tuned_trainers_the_last_ranks_and_without_predictions_noth
     assert choose(replace(results, predictions={})) is None
 
 
+def test_equal_scores_of_all_cases_are_told(results: Results) -> None:
+    choice, same = choose(results), choose(replace(results, cases=results.cases.assign(dice=0.0)))
+    assert choice is not None and not choice.all_equal
+    assert same is not None and same.all_equal
+
+
+@pytest.mark.parametrize(("trainers", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3)])
+def test_the_whole_legend_lies_within_the_picture(tmp_path: Path, trainers: int, columns: int) -> None:
+    results = toy_results(tmp_path, [STOCK, SCRATCH, FINETUNED, "A", "B"][:trainers], ("5",), seeds=(0,), cases=1)
+    figure = drawn(results, "case_000")
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    assert figure.axes[0].get_gridspec().ncols == columns
+
+
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [

@@ -15,6 +15,7 @@ from nnunetv2_misfm.benchmark.answer import answer, warnings
 from nnunetv2_misfm.benchmark.explanations import citations
 from nnunetv2_misfm.benchmark.report import write_report
 from nnunetv2_misfm.benchmark.results import Results
+from nnunetv2_misfm.benchmark.sections import sections_of
 from nnunetv2_misfm.errors import MisfmError
 
 NASTY = 'a|<b>"&*c'
@@ -90,6 +91,8 @@ def test_numbers_stand_in_html_markdown_and_csv(written: tuple[Results, Path], p
     with open(folder / "csv" / "dice_5_cases.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0][:3] == ["trainer", NASTY, "Posterior"] and rows[3][1] == "72.10 ± 0.09"
+    with open(folder / "csv" / "all_runs.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.reader(file))) == 1 + len(results.runs)  # the shown table, beside the long one
     kept = pd.read_csv(folder / "csv" / "cases.csv", dtype={"fold": str, "train_cases": str})
     pd.testing.assert_frame_equal(kept, results.cases, check_dtype=False, rtol=1e-14)
     assert len(pd.read_csv(folder / "csv" / "curves.csv")) == len(results.curves)
@@ -163,6 +166,52 @@ def test_commands_hashes_definitions_and_citations_are_told(written: tuple[Resul
     ):
         assert told in page.text
     assert results.hardware in page.text and "nnunetv2 2." in page.text
+
+
+def test_the_csv_names_every_case_of_every_draw(written: tuple[Results, Path]) -> None:
+    results, folder = written
+    rows = pd.read_csv(folder / "csv" / "splits.csv")
+    assert len(rows) == sum(len(cases) for split in results.grid.splits.values() for cases in split.values())
+
+
+def test_the_benchmarks_own_command_comes_first_and_unfolded(written: tuple[Results, Path], page: Page) -> None:
+    (request,) = written[0].grid.requests
+    assert page.text.index(request) < page.text.index("nnUNetv2_train")
+    folded = [attributes for tag, attributes in page.elements if tag == "details"]
+    assert [attributes for attributes in folded if "open" in attributes] == [{"open": None}]
+    assert request in (written[1] / "report.md").read_text(encoding="utf-8")
+
+
+def test_trainings_of_other_lengths_are_warned_of_by_name(tmp_path: Path) -> None:
+    results = toy_results(tmp_path, sizes=("5", "all"), files=False)
+    assert not any("number of steps" in sentence for sentence in warnings(results))
+    curves = results.curves
+    short = replace(results, curves=curves[(curves["trainer"] != SCRATCH) | (curves["epoch"] < 2)])
+    ran = f"{STOCK} ran 6 epochs, {SCRATCH} 2, {FINETUNED} 6: not the same number of steps."
+    assert f"With 5 and all labelled cases: {ran}" in warnings(short)
+    assert any("not equally long: see below" in sentence for sentence in answer(short))
+
+
+def test_other_cases_at_other_sizes_are_told_below_the_figure(tmp_path: Path) -> None:
+    lost = [f"{SCRATCH}__nall__fold1"]
+    options: dict[str, Any] = {"folds": ("0", "1"), "validation": True, "files": False}
+    same, other = toy_results(tmp_path, **options), toy_results(tmp_path, **options, missing=lost)
+    captions = [
+        drawing.caption
+        for results in (same, other)
+        for section in sections_of(results)
+        for drawing in section.drawings
+        if drawing.slug == "dice_against_cases"
+    ]
+    assert "same cases" not in captions[0]
+    assert "not all compared on the same cases" in captions[1] and "(12 with 5, 6 with all)" in captions[1]
+
+
+def test_a_difference_of_nothing_has_no_minus(tmp_path: Path) -> None:
+    results = toy_results(tmp_path, trainers=(STOCK, SCRATCH), sizes=("5",), seeds=(0,), files=False)
+    dice = [0.7 - 1e-5 * (trainer == SCRATCH) for trainer in results.cases["trainer"]]
+    (first, *_) = answer(replace(results, cases=results.cases.assign(dice=dice)))
+    assert "+0.0 points, +0.0 to +0.0" in first
 
 
 def test_works_are_cited_once_and_an_unknown_trainer_cites_nnunet() -> None:

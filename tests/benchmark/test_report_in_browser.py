@@ -32,6 +32,11 @@ document.querySelector("iframe").addEventListener("load", event => {{
     width: root.clientWidth,
     font: getComputedStyle(page.body).fontFamily,
     scrolls: Math.max(root.scrollWidth, page.body.scrollWidth),
+    overflowing: Array.from(page.querySelectorAll(".scroll"), box => box.scrollWidth > box.clientWidth + 1 && [
+      box.querySelector("img") !== null,
+      getComputedStyle(box).backgroundAttachment,
+      (box.closest("figure") || box).classList.contains("wide"),
+    ]).filter(Boolean),
     images: Array.from(page.images, image => image.complete ? image.naturalWidth : 0),
     sticky: Array.from(page.querySelectorAll(".scroll"), box => {{
       if (!box.querySelector("table")) return true;
@@ -84,3 +89,7 @@ def test_nothing_but_tables_and_figures_scrolls_sideways_and_every_image_is_show
         assert state["scrolls"] <= state["width"]
         assert len(state["images"]) == page.count("<img ") and min(state["images"]) > 100
         assert all(state["sticky"])
+        assert state["overflowing"]  # 13 classes fit no window
+        for is_figure, attachment, is_wide in state["overflowing"]:
+            assert attachment.startswith("local, local, scroll, scroll")  # the shadow that tells of more
+            assert not is_figure or (width < 600 and is_wide)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import Workspace
 from filelock import FileLock
 
 from nnunetv2_misfm.benchmark.progress import Progress, num_epochs
-from nnunetv2_misfm.benchmark.run import Options, Outcome, describe, remaining, run_grid
+from nnunetv2_misfm.benchmark.run import Options, Outcome, check_options, describe, remaining, run_grid
 from nnunetv2_misfm.benchmark.scores import scores_of
 from nnunetv2_misfm.benchmark.state import State, mismatch, recorded_steps, state_of
 from nnunetv2_misfm.errors import MisfmError
@@ -97,6 +98,73 @@ def test_every_gpu_has_one_run_at_a_time(
         run_grid(grid, grid.cells, Options(jobs=3))
 
 
+def test_a_machine_without_gpus_is_told_so(
+    workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = made_grid(workspace)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(MisfmError, match="expected a GPU for --device cuda, PyTorch finds none: use --device cpu"):
+        check_options(grid, Options())
+    check_options(grid, CPU)
+
+
+def test_a_cell_that_raises_anything_fails_alone(
+    workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = made_grid(workspace)
+
+    def broken(*arguments: object) -> None:
+        if arguments[1] == grid.cells[0]:
+            raise KeyError("dice")
+
+    monkeypatch.setattr("nnunetv2_misfm.benchmark.run.scores_of", broken)
+    outcomes = run_grid(grid, grid.cells, CPU)
+    assert [(o.state, o.why) for o in outcomes] == [("failed", "KeyError: 'dice'"), ("finished", "")]
+
+
+@pytest.mark.parametrize("content", ["", "[{", "{}", "[1]"])
+def test_a_damaged_record_fails_its_cell_alone_before_it_runs(
+    workspace: Workspace, stand_in: Commands, content: str
+) -> None:
+    grid = made_grid(workspace, trainers=[PCT])
+    folder = grid.folder / grid.cells[0].name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(content)
+    (outcome,) = run_grid(grid, grid.cells, CPU)
+    assert outcome.state == "failed" and f"{folder / 'run.json'}, got a damaged file: delete it" in outcome.why
+    assert stand_in() == []
+
+
+def test_a_full_disk_fails_the_cell_with_a_sentence(workspace: Workspace, stand_in: Commands) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    grid = made_grid(workspace)
+    folder = grid.folder / grid.cells[0].name
+    folder.mkdir(parents=True)
+    (folder / "log.txt").symlink_to("/dev/full")
+    outcomes = run_grid(grid, grid.cells, CPU)
+    assert states(outcomes) == ["failed", "finished"]
+    assert outcomes[0].why == "OSError: [Errno 28] No space left on device"
+
+
+def test_weights_of_the_users_environment_are_recorded(
+    workspace: Workspace, stand_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_misfm_weights", "/some where/w.pth")
+    grid = made_grid(workspace, trainers=[PCT])
+    run_grid(grid, grid.cells, CPU)
+    train, predict = (step["command"] for step in recorded_steps(grid, grid.cells[0]))
+    assert train.startswith("nnUNet_misfm_weights='/some where/w.pth' nnUNetv2_train ")
+    assert predict.startswith("nnUNetv2_predict ")
+
+
+def test_the_fold_all_validates_on_what_it_learned_from(workspace: Workspace, stand_in: Commands) -> None:
+    grid = made_grid(workspace, trainers=[PCT], folds=["all"])
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"]
+    assert len(list((grid.results(grid.cells[0]) / "validation").glob("*.nii.gz"))) == 8
+
+
 def test_a_cell_of_another_process_is_left_to_it(workspace: Workspace, stand_in: Commands) -> None:
     grid = made_grid(workspace)
     folder = grid.folder / grid.cells[0].name
@@ -174,6 +242,7 @@ def test_lengths_of_runs_are_known() -> None:
     assert num_epochs("nnUNetTrainer", ()) == 1000
     assert num_epochs("nnUNetTrainer_250epochs", ()) == 250
     assert num_epochs("nnUNetTrainerPCTNet", ("batch_size=2", "num_epochs=40")) == 40
+    assert num_epochs("nnUNetTrainerPCTNet", ("num_epochs=50", "num_epochs=20")) == 20  # what `configure` writes
 
 
 def test_logs_hold_commands_and_output(workspace: Workspace, stand_in: Commands) -> None:
@@ -185,3 +254,11 @@ def test_logs_hold_commands_and_output(workspace: Workspace, stand_in: Commands)
     first = recorded_steps(grid, grid.cells[0])[0]
     assert (first["status"], first["cases"]) == (0, 0)
     assert recorded_steps(grid, grid.cells[0])[1]["cases"] == 2
+
+
+def test_images_without_truth_count_in_the_time_of_prediction(workspace: Workspace, stand_in: Commands) -> None:
+    images = workspace.root / "test" / "imagesTs"
+    shutil.copy(images / "other_20_0000.nii.gz", images / "unlabelled_0000.nii.gz")
+    grid = made_grid(workspace, trainers=[PCT])
+    assert states(run_grid(grid, grid.cells, CPU)) == ["finished"]
+    assert recorded_steps(grid, grid.cells[0])[1]["cases"] == 3

@@ -6,15 +6,14 @@ import pytest
 from benchmark_results import toy_results
 from scipy import stats
 
+from nnunetv2_misfm.benchmark.pairs import default_pairs
 from nnunetv2_misfm.benchmark.statistics import (
     METRICS,
     bootstrap_interval,
     case_scores,
     compare,
-    default_pairs,
     run_means,
     shared_draws,
-    stock_of,
     summarise,
 )
 from nnunetv2_misfm.errors import MisfmError
@@ -286,30 +285,3 @@ def test_no_finished_run_gives_empty_tables(tmp_path: Path):
     scores = case_scores(results.cases, draws)
     assert draws == {"5": [], "all": []}
     assert scores.empty and summarise(scores).empty and run_means(results.cases).empty
-
-
-STOCK, BASE = "nnUNetTrainer", "nnUNetTrainerBaseline"
-PCT, PCT_VF, FM, FM_VF, VF = (f"nnUNetTrainer{kind}" for kind in ("PCTNet", "PCTNetVF", "FMUNet", "FMUNetVF", "VF"))
-
-
-@pytest.mark.parametrize(
-    ("trainers", "pairs"),
-    [
-        ([STOCK, PCT, PCT_VF], [(PCT, STOCK), (PCT_VF, STOCK), (PCT_VF, PCT)]),
-        (
-            [FM_VF, PCT_VF, FM, PCT, STOCK],
-            [(t, STOCK) for t in (FM_VF, PCT_VF, FM, PCT)] + [(FM_VF, FM), (PCT_VF, PCT)],
-        ),
-        ([BASE, VF, PCT_VF], [(VF, BASE), (PCT_VF, BASE)]),
-        ([STOCK, BASE, VF], [(BASE, STOCK), (VF, STOCK)]),
-        ([PCT, PCT_VF], [(PCT_VF, PCT)]),
-        ([PCT, "nnUNetTrainerOfAUser"], []),
-        ([STOCK], []),
-    ],
-)
-def test_pairs_are_all_against_stock_and_fine_tuned_against_scratch(trainers, pairs):
-    assert default_pairs(trainers) == pairs
-
-
-def test_stock_is_the_untouched_trainer_or_its_short_twin():
-    assert (stock_of([PCT, BASE, STOCK]), stock_of([PCT, BASE]), stock_of([PCT])) == (STOCK, BASE, None)

@@ -157,6 +157,21 @@ def test_comparisons_show_difference_interval_and_verdict():
     assert "fewer than" not in comparison_tables(results())[0].caption
 
 
+def test_a_single_comparison_needs_no_correction_and_single_things_are_not_plural():
+    base = results(trainers=(STOCK, SCRATCH), sizes=("5",), seeds=(0,), missing=[f"{SCRATCH}__n5"], cases=1)
+    assert "1 of 2 planned runs is finished" in run_table(base).caption
+    assert "over 1 test case;" in result_tables(base)[0].caption
+    alone = comparison_tables(results(trainers=(STOCK, SCRATCH), sizes=("5",)))[0]
+    assert "over a single comparison, and so changes nothing." in alone.caption and "1 comparisons" not in alone.caption
+
+
+def test_costs_tell_whether_prediction_mirrored_the_images():
+    base = results(sizes=("5",))
+    without = replace(base, grid=replace(base.grid, mirroring=False))
+    assert "Prediction: with nnU-Net's mirroring." in cost_table(base).caption
+    assert "Prediction: without nnU-Net's mirroring." in cost_table(without).caption
+
+
 def test_a_single_trainer_has_nothing_to_be_compared_with():
     assert comparison_tables(results(trainers=(STOCK,))) == []
 
