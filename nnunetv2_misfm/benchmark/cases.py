@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunetv2_misfm.benchmark.damage import is_truncated_nifti
 from nnunetv2_misfm.benchmark.metrics import score
 
 # Absolute, of spacing and origin in mm and of direction cosines: NIfTI's quaternions round by less than 4e-4, and no
@@ -109,6 +110,8 @@ def _read(file: Path, role: str, reader: type[BaseReaderWriter]) -> tuple[np.nda
     except Exception as error:  # the readers raise whatever they like at a damaged file
         reason = " ".join(str(error).split())[-200:] or type(error).__name__  # ITK names its own source file first
         raise Unfit(f"the {role} {file} cannot be read by nnU-Net's {reader.__name__} ({reason})") from error
+    if is_truncated_nifti(file):
+        raise Unfit(f"the {role} {file} is truncated")
     if len(labels) != 1:
         raise Unfit(f"the {role} {file} holds {len(labels)} channels, one of labels was expected")
     if not all(0 < size < math.inf for size in geometry["spacing"]):

@@ -1,6 +1,7 @@
 """Whether a file that a command wrote is whole: one that was stopped, or found the disk full, leaves halves."""
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -21,16 +22,23 @@ def is_whole_checkpoint(file: Path) -> bool:
 def is_whole_segmentation(file: Path, reader: type[BaseReaderWriter]) -> bool:
     """Whether nnU-Net can read a file of labels to its end.
 
-    SimpleITK fills a truncated NIfTI file with zeros and says nothing; nibabel raises.
-
     Args:
         file: The file.
         reader: nnU-Net's reader class of the dataset.
     """
+    return _can_be_read(lambda: reader().read_seg(str(file))) and not is_truncated_nifti(file)
+
+
+def is_truncated_nifti(file: Path) -> bool:
+    """Whether a file is NIfTI by its name and ends too early: SimpleITK fills up with zeros and says nothing."""
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return False
+    return not _can_be_read(lambda: np.asanyarray(nibabel.load(file).dataobj))  # type: ignore[attr-defined]
+
+
+def _can_be_read(read: Callable[[], object]) -> bool:
     try:
-        if file.name.endswith((".nii", ".nii.gz")):
-            np.asanyarray(nibabel.load(file).dataobj)  # type: ignore[attr-defined]
-        reader().read_seg(str(file))
+        read()
     except MemoryError:
         raise
     except Exception:  # the readers raise whatever they like at a damaged file

@@ -5,6 +5,7 @@ labelled cases and a seed; what differs within a draw is the trainer alone.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Draw:
         return f"n{self.train_cases}__fold{self.fold}__seed{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.train_cases} cases, fold {self.fold}, seed {self.seed}"
+        return f"{self.train_cases} case{'' if self.train_cases == 1 else 's'}, fold {self.fold}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,12 @@ def has_grid(dataset: str, name: str) -> bool:
 
 def other_configurations(dataset: str, name: str) -> dict[str, str]:
     """Returns the configurations that the other benchmarks of a dataset have written, with the names of those."""
-    others = [folder.name.removeprefix(_PREFIX) for folder in _grids_of(dataset)]
-    grids = [read_grid(dataset, other) for other in others if other != name]
-    return {cell.configuration: grid.name for grid in grids for cell in grid.cells}
+    found = {}
+    for other in (folder.name.removeprefix(_PREFIX) for folder in _grids_of(dataset)):
+        if other != name:
+            with suppress(MisfmError):  # a damaged record is its own benchmark's fault
+                found |= {cell.configuration: other for cell in read_grid(dataset, other).cells}
+    return found
 
 
 def _grids_of(dataset: str) -> Iterable[Path]:

@@ -275,6 +275,14 @@ def test_nan_is_no_label(folder: Folder) -> None:
     assert "the truth holds values that are no integers, such as nan" in folder.error(plans=plans)
 
 
+def test_a_truncated_prediction_is_named_though_simpleitk_reads_it(folder: Folder) -> None:
+    file = folder.predictions / "a.nii.gz"
+    generator = np.random.default_rng(0)
+    folder.write("predictions", "a", generator.integers(0, 2, labels_of(0).shape).astype(np.uint8))  # compresses badly
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "a.nii.gz is truncated" in folder.error()
+
+
 def test_rounding_of_headers_is_no_other_geometry(folder: Folder) -> None:
     folder.write("predictions", "a", labels_of(1), Origin=(0.0009, 0.0, 0.0), Spacing=(2.0, 1.0005, 3.0))
     assert (folder.evaluate()["dice"] == 1).all()
