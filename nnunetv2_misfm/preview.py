@@ -15,7 +15,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans
+from nnunetv2_misfm.plans_file import find_plans
 from nnunetv2_misfm.trainers.pretext import PretextTrainer
 from nnunetv2_misfm.trainers.unlabelled_loader import UnlabelledLoader
 from nnunetv2_misfm.trainers.volume_fusion import VolumeFusionRecipe, make_task, nnUNetTrainerVFPretrain

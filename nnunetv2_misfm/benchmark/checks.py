@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_misfm.benchmark.grid import STOCK, STOCK_WITH_LENGTH, Grid
 from nnunetv2_misfm.benchmark.splits import test_truths
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import read_json
+from nnunetv2_misfm.plans_file import read_json
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE, FinetuneTrainer
 from nnunetv2_misfm.trainers.pretext import PretextTrainer

@@ -6,7 +6,7 @@ from typing import Any
 
 from nnunetv2_misfm.benchmark.cost import Cost
 from nnunetv2_misfm.benchmark.grid import Grid
-from nnunetv2_misfm.planning.plans_file import read_json, write_json
+from nnunetv2_misfm.plans_file import read_json, write_json
 
 
 def known_costs(grid: Grid) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from nnunetv2_misfm.benchmark.state import (
     unpredicted,
 )
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans, full_name, read_json
+from nnunetv2_misfm.plans_file import find_plans, full_name, read_json
 from nnunetv2_misfm.trainers.finetune import REPORT_NAME
 from nnunetv2_misfm.weights.checkpoint import file_sha256, read_checkpoint
 

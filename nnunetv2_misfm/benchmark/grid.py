@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2.paths import nnUNet_results
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import VALID_NAME, read_json, write_json
+from nnunetv2_misfm.plans_file import VALID_NAME, read_json, write_json
 
 STOCK = "nnUNetTrainer"
 # Stock nnU-Net in another length than its fixed 1000 epochs; at the same seed its losses are stock's

@@ -6,7 +6,7 @@ from nnunetv2_misfm.benchmark.damage import is_whole_checkpoint, is_whole_segmen
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
 from nnunetv2_misfm.benchmark.scores import TEST, VALIDATION, ending_of, predictions_of
 from nnunetv2_misfm.benchmark.state import checkpoints
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json
+from nnunetv2_misfm.plans_file import find_plans, read_json
 
 UNREADABLE = ".unreadable"
 

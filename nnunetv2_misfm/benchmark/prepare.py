@@ -29,7 +29,7 @@ from nnunetv2_misfm.benchmark.splits import append_splits, preprocessed_cases, r
 from nnunetv2_misfm.benchmark.state import is_begun
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.configure import configure, configured
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json
+from nnunetv2_misfm.plans_file import find_plans, read_json
 from nnunetv2_misfm.weights.checkpoint import file_sha256
 
 # Keys of the block that give stock nnU-Net another length than its own

@@ -34,7 +34,7 @@ from nnunetv2_misfm.benchmark.state import (
     unpredicted,
 )
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import write_json
+from nnunetv2_misfm.plans_file import write_json
 from nnunetv2_misfm.scripts import Command, describe_machine, find_script
 from nnunetv2_misfm.trainers.base import SKIP_VALIDATION_VARIABLE
 from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE

@@ -11,7 +11,7 @@ from nnunetv2_misfm.benchmark.evaluate import COLUMNS, evaluate_folder
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
 from nnunetv2_misfm.benchmark.splits import test_truths
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json
+from nnunetv2_misfm.plans_file import find_plans, read_json
 
 TEST, VALIDATION = "test", "validation"
 # Fewer are not worth the start of a process (ours)

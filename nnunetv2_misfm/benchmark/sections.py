@@ -29,7 +29,7 @@ from nnunetv2_misfm.benchmark.tables import (
     result_tables,
     run_table,
 )
-from nnunetv2_misfm.planning.plans_file import read_json
+from nnunetv2_misfm.plans_file import read_json
 
 # The metrics that the paper reports; the others are folded away
 _SHOWN_FIRST = ("dice", "assd", "comparison_dice", "comparison_assd")

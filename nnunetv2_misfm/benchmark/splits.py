@@ -14,7 +14,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_misfm.benchmark.grid import ALL, Draw
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import read_json, write_json
+from nnunetv2_misfm.plans_file import read_json, write_json
 
 SPLITS_FILE = "splits_final.json"
 # nnU-Net's own cross-validation (nnUNetTrainer.do_split)

@@ -12,7 +12,7 @@ from nnunetv2_misfm.benchmark.damage import is_whole_checkpoint
 from nnunetv2_misfm.benchmark.grid import Cell, Grid
 from nnunetv2_misfm.benchmark.splits import splits_sha256
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans, read_json, write_json
+from nnunetv2_misfm.plans_file import find_plans, read_json, write_json
 
 FINAL = "checkpoint_final.pth"
 _EARLIER = ("checkpoint_latest.pth", "checkpoint_best.pth")

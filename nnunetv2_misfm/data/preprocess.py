@@ -21,7 +21,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunetv2_misfm.data.engine import run
 from nnunetv2_misfm.data.records import Records, fingerprint
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS, find_plans, read_json
+from nnunetv2_misfm.plans_file import PREPROCESSING_KEYS, find_plans, read_json
 
 OWN_FOLDER = ".misfm_preprocess"  # beside nnU-Net's data folders: it lists what is in those
 # What else decides the files of a case (nnU-Net 2.8, default_preprocessor.py); the patch size gives their chunks

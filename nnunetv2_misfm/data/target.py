@@ -19,7 +19,7 @@ from nnunetv2_misfm.data.outcome import Outcome, Settings
 from nnunetv2_misfm.data.records import CannotWrite, State
 from nnunetv2_misfm.data.report import REPORT, TAKEN
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import VALID_NAME, read_json, write_json
+from nnunetv2_misfm.plans_file import VALID_NAME, read_json, write_json
 
 STATE_FOLDER = ".misfm_import"  # beside the datasets; nnU-Net looks only at folders called Dataset...
 _OUR_FILES = re.compile(r"scan_[0-9a-f]{16}(_0000)?" + re.escape(FILE_ENDING))

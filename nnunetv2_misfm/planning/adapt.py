@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import find_plans
+from nnunetv2_misfm.plans_file import find_plans
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers

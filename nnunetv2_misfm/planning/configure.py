@@ -15,7 +15,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS, VALID_NAME, find_plans, read_json, write_json
+from nnunetv2_misfm.plans_file import PREPROCESSING_KEYS, VALID_NAME, find_plans, read_json, write_json
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.five_levels import FiveLevelTrainer

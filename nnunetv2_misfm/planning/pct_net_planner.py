@@ -26,7 +26,7 @@ from nnunetv2_misfm.architectures.anisotropy import Size3, as_size3
 from nnunetv2_misfm.architectures.pct_net import PCTNet, default_num_heads
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.memory import training_memory
-from nnunetv2_misfm.planning.plans_file import PREPROCESSING_KEYS, read_json
+from nnunetv2_misfm.plans_file import PREPROCESSING_KEYS, read_json
 from nnunetv2_misfm.trainers.five_levels import five_level_strides
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 

@@ -18,7 +18,7 @@ from nnunetv2_misfm.planning.pct_net_planner import (
     PCTNetPlanner,
     times,
 )
-from nnunetv2_misfm.planning.plans_file import VALID_NAME, read_json
+from nnunetv2_misfm.plans_file import VALID_NAME, read_json
 
 
 def plan(dataset: str, gpu_memory_gb: float = DEFAULT_GPU_MEMORY_GB, plans_name: str = PLANS_NAME) -> str:

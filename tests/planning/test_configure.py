@@ -13,7 +13,7 @@ from toy import DATASET, toy_architecture, toy_plans
 
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.configure import configure
-from nnunetv2_misfm.planning.plans_file import find_plans
+from nnunetv2_misfm.plans_file import find_plans
 from nnunetv2_misfm.trainers.discovery.nnunetv2_misfm_trainers import (
     nnUNetTrainerBaseline,
     nnUNetTrainerPCTNet,
