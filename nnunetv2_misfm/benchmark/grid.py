@@ -206,7 +206,7 @@ def has_grid(dataset: str, name: str) -> bool:
 
 def other_configurations(dataset: str, name: str) -> dict[str, str]:
     """Returns the configurations that the other benchmarks of a dataset have written, with the names of those."""
-    found = {}
+    found: dict[str, str] = {}
     for other in (folder.name.removeprefix(_PREFIX) for folder in _grids_of(dataset)):
         if other != name:
             with suppress(MisfmError):  # a damaged record is its own benchmark's fault
