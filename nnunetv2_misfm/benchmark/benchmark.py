@@ -21,10 +21,10 @@ def benchmark(request: Request, options: Options, dry_run: bool = False) -> tupl
         MisfmError: A fault in the request, before anything is written or run.
     """
     grid = plan_grid(request)
-    check_options(grid, options)
     cells = cells_of(grid, request)
-    if dry_run:
+    if dry_run:  # also where there is no GPU, as on a cluster's login node
         return dry(grid, cells, options), 0
+    check_options(grid, options)
     prepare(grid)
     outcomes = run_grid(grid, cells, options)
     said = [describe(outcomes)]

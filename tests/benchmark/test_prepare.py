@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Workspace
 
-from nnunetv2_misfm.benchmark.benchmark import dry
+from nnunetv2_misfm.benchmark.benchmark import benchmark, dry
 from nnunetv2_misfm.benchmark.grid import Draw, Grid, read_grid
 from nnunetv2_misfm.benchmark.prepare import Request, cells_of, plan_grid, prepare, weights_by_trainer
 from nnunetv2_misfm.benchmark.run import Options
@@ -61,6 +61,16 @@ def test_dry_run_prints_the_exact_commands(workspace: Workspace) -> None:
         f"nnUNetv2_predict -d Dataset555_Toy -c {config} -f 2 -tr {PCT} {common} {out[PCT]} "
         "-device cpu --continue_prediction --disable_tta",
     ]
+
+
+def test_a_dry_run_needs_no_gpu_and_a_real_one_says_so(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    said, status = benchmark(request(), Options(), dry_run=True)
+    assert status == 0 and "-tr nnUNetTrainerPCTNet -p nnUNetPlans -device cuda" in said
+    before = written(workspace)
+    with pytest.raises(MisfmError, match="expected a GPU for --device cuda, PyTorch finds none: use --device cpu"):
+        benchmark(request(), Options())
+    assert written(workspace) == before
 
 
 def test_the_stock_trainer_is_untouched_unless_its_length_is_set(workspace: Workspace) -> None:
