@@ -13,6 +13,7 @@ from nnunetv2_misfm.benchmark.statistics import (
     case_scores,
     compare,
     draw_order,
+    run_means,
     shared_draws,
 )
 from nnunetv2_misfm.benchmark.tables import display_name
@@ -45,6 +46,7 @@ def answer(results: Results) -> list[str]:
     draws = shared_draws(results.runs)
     # all pairs, as in the tables
     table = compare(case_scores(results.cases, draws), pairs, ["dice"])
+    table["agreeing"] = _agreeing(table, run_means(results.cases, draws))
     stock = stock_of(trainers)
     found = [_against(pair, stock, table, draws) for pair in tuned or pairs]
     return [*found, *_evidence(results, table, draws), *_missing(results)]
@@ -124,7 +126,25 @@ def _against(pair: tuple[str, str], stock: str | None, table: pd.DataFrame, draw
 
 def _with_difference(row: Mapping[str, Any]) -> str:
     points = f"{row['train_cases']} ({_points(row['mean_difference'])} points"
-    return points + (f", {_points(row['low'])} to {_points(row['high'])})" if row["better"] else ")")
+    interval = f", {_points(row['low'])} to {_points(row['high'])}" if row["better"] else ""
+    return f"{points}{interval}{row['agreeing']})"
+
+
+def _agreeing(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Returns for each comparison in how many of its runs the difference has the sign of the mean one.
+
+    The interval does not hold the spread over runs; a difference that single runs contradict rests on few of them.
+    """
+    means = runs.set_index(["trainer", "train_cases", "fold", "seed"])["dice"]
+    texts = []
+    for row in table.to_dict("records"):
+        try:
+            differences = means[row["trainer"], row["train_cases"]] - means[row["reference"], row["train_cases"]]
+        except KeyError:  # one of the two has no finished run here
+            differences = means.iloc[:0]
+        agreeing = int((differences * row["mean_difference"] > 0).sum())
+        texts.append(f"; so in {agreeing} of {len(differences)} runs" if len(differences) > 1 else "")
+    return texts
 
 
 def _points(difference: float) -> str:

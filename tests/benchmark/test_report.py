@@ -280,3 +280,13 @@ def test_scans_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     text = write_report(results, tmp_path / "report").read_text(encoding="utf-8")
     gone = re.findall(r"The (?:best|median|worst) case, case_00\d, could not be drawn: .* is not there\.", text)
     assert len(gone) == 3
+
+
+def test_a_difference_that_single_runs_contradict_says_so(tmp_path: Path) -> None:
+    results = toy_results(tmp_path, trainers=("nnUNetTrainer", "nnUNetTrainerPCTNet"), sizes=("5",), files=False)
+    cases = results.cases
+    cases["dice"] = 0.8
+    other = cases["trainer"] == "nnUNetTrainerPCTNet"
+    cases.loc[other & (cases["seed"] == 0), "dice"] = 0.9
+    cases.loc[other & (cases["seed"] == 1), "dice"] = 0.75
+    assert "better with 5 labelled cases (+2.5 points, +2.5 to +2.5; so in 1 of 2 runs)" in answer(results)[0]
