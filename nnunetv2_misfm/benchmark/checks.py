@@ -18,6 +18,7 @@ from nnunetv2_misfm.benchmark.splits import test_truths
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.plans_file import read_json
 from nnunetv2_misfm.trainers.base import MisfmTrainer
+from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE, FinetuneTrainer
 from nnunetv2_misfm.trainers.pretext import PretextTrainer
 
@@ -95,6 +96,9 @@ def check_trainers(grid: Grid, plans: dict[str, Any], length: bool) -> None:
 
 
 def _find(name: str) -> type[nnUNetTrainer]:
+    """Returns one of our trainers, which all commands of a benchmark find, or what nnU-Net's own search gives."""
+    if name in nnunetv2_misfm_trainers.__all__:
+        return getattr(nnunetv2_misfm_trainers, name)
     try:
         with redirect_stdout(io.StringIO()):  # nnU-Net tells how it searches
             trainer = recursive_find_trainer_class_by_name(name)

@@ -235,7 +235,8 @@ def _distributions_section(results: Results) -> Section:
 
 
 def _pictures_section(results: Results) -> Section:
-    choice, file = choose(results), Path(str(nnUNet_preprocessed)) / results.grid.dataset / "dataset.json"
+    choice, base = choose(results), str(nnUNet_preprocessed) if nnUNet_preprocessed.is_set() else "nnUNet_preprocessed"
+    file = Path(base) / results.grid.dataset / "dataset.json"
     if choice is None or not file.is_file():
         why = "no finished run left predictions" if choice is None else f"{file}, which tells the classes, is not there"
         return Section("pictures", "Pictures", [f"No pictures: {why}."])
