@@ -1,6 +1,8 @@
 """Fixtures that every test file may use."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for `toy`
 
 from toy import DATASET, toy_dataset_json, toy_plans, write_plans, write_toy_dataset  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C and hang-ups be tested also where the shell ignores them for a command in the background."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
