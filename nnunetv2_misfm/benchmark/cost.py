@@ -89,7 +89,7 @@ def measure_cost(
             f"the cost of {trainer} under {configuration} of {dataset} ({plans}, {device}) could not be measured: "
             f"{_reason(finished.returncode, finished.stderr)}"
         )
-    return Cost(**json.loads(finished.stdout))
+    return Cost(**json.loads(finished.stdout.splitlines()[-1]))  # nnU-Net may have said something at its import
 
 
 def _reason(status: int, errors: str) -> str:

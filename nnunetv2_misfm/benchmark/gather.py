@@ -52,13 +52,14 @@ def gather(dataset: str, name: str = "benchmark", compared: str | None = None) -
         )
     runs, cases, curves, predictions, machines = [], [], [], {}, []
     for cell in grid.cells:
-        run, scores = _run_of(grid, cell, compared)
+        run, found = _run_of(grid, cell, compared)
         runs.append(run)
-        if scores is None:
+        if found is None:
             continue
+        scores, curve = found
         key = {column: run[column] for column in RUN_COLUMNS}
         cases.append(scores.assign(**key))
-        curves.append(_curve_of(grid, cell).assign(**key))
+        curves.append(curve.assign(**key))
         predictions[cell.name] = predictions_of(grid, cell, compared)
         machines += [step["machine"] for step in recorded_steps(grid, cell)]
     if not cases:
@@ -91,8 +92,8 @@ def gather(dataset: str, name: str = "benchmark", compared: str | None = None) -
     )
 
 
-def _run_of(grid: Grid, cell: Cell, compared: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
-    """Returns a run's row, and its scores where it is finished; whatever is wrong with a run is said in its row."""
+def _run_of(grid: Grid, cell: Cell, compared: str) -> tuple[dict[str, Any], tuple[pd.DataFrame, pd.DataFrame] | None]:
+    """Returns a run's row, and its scores and curve where it is finished; what is wrong with it is said in the row."""
     split = grid.splits[cell.draw.name]
     row: dict[str, Any] = {
         "trainer": cell.trainer,
@@ -121,8 +122,9 @@ def _run_of(grid: Grid, cell: Cell, compared: str) -> tuple[dict[str, Any], pd.D
             return {**row, "state": gap[0], "why": gap[1]}, None
         row["checkpoint_sha256"] = file_sha256(grid.results(cell) / FINAL)
         row |= _weights_of(grid, cell)
-        row["seconds_per_epoch"] = float(np.median(_curve_of(grid, cell)["seconds"]))
-        return row, scores_of(grid, cell, compared)
+        curve = _curve_of(grid, cell)
+        row["seconds_per_epoch"] = float(curve["seconds"].median())
+        return row, (scores_of(grid, cell, compared), curve)
     except MisfmError as error:
         return {**row, "state": "unfinished", "why": str(error)}, None
 
