@@ -178,6 +178,11 @@ class MisfmTrainer(nnUNetTrainer):
         return len(self.label_manager.foreground_labels) if self.is_cascaded else 0
 
     @property
+    def num_network_outputs(self) -> int:
+        """Number of the network's output channels."""
+        return self.label_manager.num_segmentation_heads
+
+    @property
     def bare_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network

@@ -40,7 +40,6 @@ def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:
     `network.class`; the values listed in `network.kwargs_to_import` are dotted paths themselves.
     """
     description = trainer.network_description(trainer.plans_manager, trainer.configuration_manager)
-    heads = trainer.label_manager.num_segmentation_heads
     recipe = asdict(trainer.recipe)
     if trainer.method is not None and trainer.method_recipe is not None:
         recipe[trainer.method.method] = asdict(trainer.method_recipe)
@@ -52,7 +51,7 @@ def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:
                 **description,
                 "input_channels": trainer.num_input_channels,
                 "label_channels": trainer.num_label_channels,
-                "num_classes": heads,
+                "num_classes": trainer.num_network_outputs,
             },
             "patch_size": list(trainer.configuration_manager.patch_size),
             "batch_size": trainer.configuration_manager.batch_size,

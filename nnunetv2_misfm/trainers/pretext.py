@@ -1,6 +1,6 @@
 """What all pretraining shares: unlabelled crops in, a task made from each batch on the device, no label anywhere.
 
-A method is one file: a `MethodRecipe`, a pure function that makes (input, target) from volumes, and a subclass of
+A method is one file: a `MethodRecipe`, a pure function `make_task` of volumes on their device, and a subclass of
 `PretextTrainer` that names both. Hooks of nnU-Net that are replaced here: `get_dataloaders` (no labels, validation
 with fixed seeds), `train_step` / `validation_step` (pose the task, then nnU-Net's own step),
 `on_validation_epoch_start` (the same validation every epoch), `build_network_architecture` (the task's outputs),
@@ -8,6 +8,7 @@ with fixed seeds), `train_step` / `validation_step` (pose the task, then nnU-Net
 task's own classes).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,12 +39,17 @@ class PretextTrainer(MisfmTrainer):
 
     The recipe's defaults are MIS-FM's: Adam 1e-3, weight decay 1e-5, halved every fifth of the run, crops and flips
     only (nnU-Net's intensity augmentation before the task hides what Volume Fusion asks for: an option).
+
+    Attributes:
+        make_task: The method itself: (volumes float [B, C, D, H, W], recipe, generator on the CPU) -> network input of
+            the same shape and target [B, outputs or 1, D, H, W], on the volumes' device.
     """
 
     recipe_defaults: ClassVar[Recipe] = Recipe(
         optimizer="adam", initial_lr=1e-3, weight_decay=1e-5, lr_schedule="halving", augmentation="flips"
     )
     method_recipe: MethodRecipe
+    make_task: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 
     def __init__(
         self,
@@ -85,15 +91,30 @@ class PretextTrainer(MisfmTrainer):
     # ------------------------------------------------------------------ what a method defines
 
     @classmethod
-    def num_task_classes(cls, recipe: MethodRecipe) -> int:
+    def num_outputs(cls, recipe: MethodRecipe, num_input_channels: int) -> int:
         """Returns the number of output channels that the task needs."""
         raise NotImplementedError(f"{cls.__name__} must say how many output channels its task needs")
 
-    def make_task(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns network input [B, C, D, H, W] and target [B, 1, D, H, W] for the volumes `data` of a batch."""
-        raise NotImplementedError(f"{type(self).__name__} must make its task from a batch")
+    @classmethod
+    def num_task_classes(cls, recipe: MethodRecipe) -> int:
+        """Returns the number of classes of a task that is a segmentation, 1 for any other."""
+        return 1
+
+    def other_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns what `make_task` gets by name from a batch, beside its volumes."""
+        return {}
+
+    @staticmethod
+    def resize_target(target: torch.Tensor, size: list[int]) -> torch.Tensor:
+        """Returns a target [B, 1, D, H, W] for a coarser head, resized as nnU-Net resizes labels."""
+        return interpolate(target.float(), size, mode="nearest-exact").to(target.dtype)
 
     # ------------------------------------------------------------------ network and loss
+
+    @property
+    def num_network_outputs(self) -> int:
+        """Number of the network's output channels."""
+        return self.num_outputs(self.method_recipe, self.num_input_channels)
 
     @classmethod
     def task_label_manager(cls, plans_manager: PlansManager, recipe: MethodRecipe) -> Any:
@@ -113,7 +134,7 @@ class PretextTrainer(MisfmTrainer):
         """Returns the network with as many outputs as the task has, whatever labels the dataset has."""
         _, method_recipe = cls.read_recipes(configuration_manager)
         assert method_recipe is not None
-        heads = cls.num_task_classes(method_recipe)
+        heads = cls.num_outputs(method_recipe, num_input_channels)
         return super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, heads, enable_deep_supervision
         )
@@ -174,10 +195,10 @@ class PretextTrainer(MisfmTrainer):
     def pose_task(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """Returns nnU-Net's kind of batch, on the device: `data` is the task's input, `target` what to answer.
 
-        With deep supervision the target is a list, finest first, resized as nnU-Net resizes labels.
+        With deep supervision the target is a list, finest first.
         """
-        on_device = {**batch, "data": batch["data"].to(self.device, non_blocking=True)}
-        task_input, target = self.make_task(on_device, generator)
+        volumes = batch["data"].to(self.device, non_blocking=True)
+        task_input, target = self.make_task(volumes, self.method_recipe, generator, **self.other_inputs(batch))
         return {"data": task_input, "target": self._at_all_scales(target), "keys": batch["keys"]}
 
     def _at_all_scales(self, target: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
@@ -185,8 +206,7 @@ class PretextTrainer(MisfmTrainer):
         if scales is None:
             return target
         sizes = [[round(n * s) for n, s in zip(target.shape[2:], scale, strict=True)] for scale in scales]
-        as_float = target.float()
-        return [interpolate(as_float, size, mode="nearest-exact").to(target.dtype) for size in sizes]
+        return [target, *(self.resize_target(target, size) for size in sizes[1:])]
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Takes nnU-Net's training step on the task made from a batch."""

@@ -77,9 +77,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MethodRecipe:
-    """Base of the recipes of pretraining methods; a subclass names its block in `method`."""
+    """Base of the recipes of pretraining methods; a subclass that is a method names its block in `method`."""
 
     method: ClassVar[str]
+
+
+def known_methods() -> dict[str, type[MethodRecipe]]:
+    """Returns the recipe class of every method that the package exports, by the name of its block."""
+    importlib.import_module("nnunetv2_misfm.trainers.discovery.nnunetv2_misfm_trainers")  # defines all methods
+    found, waiting = {}, [MethodRecipe]
+    for kind in waiting:  # grows while it is read
+        waiting += kind.__subclasses__()
+        if "method" in vars(kind):
+            found[kind.method] = kind
+    return found
 
 
 def require(holds: bool, key: str, expected: str, got: object) -> None:
@@ -110,8 +121,7 @@ def read_recipes(
         block = {}
     if not isinstance(block, Mapping):
         raise MisfmError(f"misfm block: expected a dictionary of keys, got {block!r}; correct it in the plans file.")
-    importlib.import_module("nnunetv2_misfm.trainers.discovery.nnunetv2_misfm_trainers")  # defines all methods
-    methods = {m.method: m for m in MethodRecipe.__subclasses__()}
+    methods = known_methods()
     sub_blocks = {k: v for k, v in block.items() if isinstance(v, Mapping) or k in methods}
     unknown = [k for k in sub_blocks if k not in methods]
     if unknown:

@@ -188,6 +188,7 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
 
     method = VolumeFusionRecipe
     method_recipe: VolumeFusionRecipe
+    make_task = staticmethod(make_task)
     citations = nnUNetTrainerPCTNet.citations
 
     @classmethod
@@ -195,9 +196,14 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         """Returns K + 1."""
         return recipe.num_levels + 1
 
-    def make_task(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns fused volumes and their levels under this run's recipe."""
-        return make_task(batch["data"], self.method_recipe, generator, batch.get("foreground"))
+    @classmethod
+    def num_outputs(cls, recipe: VolumeFusionRecipe, num_input_channels: int) -> int:  # type: ignore[override]
+        """Returns K + 1, whatever the channels."""
+        return recipe.num_levels + 1
+
+    def other_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the foreground of a batch of one."""
+        return {"foreground": batch["foreground"]} if "foreground" in batch else {}
 
     def _build_loss(self) -> nn.Module:
         """Returns nnU-Net's Dice + cross-entropy, the Dice over the whole batch and with class 0 (as PyMIC)."""

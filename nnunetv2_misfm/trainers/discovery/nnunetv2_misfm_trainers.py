@@ -6,7 +6,25 @@ import gives. A new trainer is one more line here.
 
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.fmunet import nnUNetTrainerFMUNet
+from nnunetv2_misfm.trainers.masked_image_modelling import (
+    nnUNetTrainerMIM,
+    nnUNetTrainerMIMPretrain,
+    nnUNetTrainerPCTNetMIM,
+    nnUNetTrainerPCTNetMIMPretrain,
+)
+from nnunetv2_misfm.trainers.models_genesis import (
+    nnUNetTrainerModelsGenesis,
+    nnUNetTrainerModelsGenesisPretrain,
+    nnUNetTrainerPCTNetModelsGenesis,
+    nnUNetTrainerPCTNetModelsGenesisPretrain,
+)
 from nnunetv2_misfm.trainers.monai_networks import nnUNetTrainerSwinUNETR, nnUNetTrainerUNETR
+from nnunetv2_misfm.trainers.patch_swapping import (
+    nnUNetTrainerPatchSwapping,
+    nnUNetTrainerPatchSwappingPretrain,
+    nnUNetTrainerPCTNetPatchSwapping,
+    nnUNetTrainerPCTNetPatchSwappingPretrain,
+)
 from nnunetv2_misfm.trainers.pct_net import nnUNetTrainerPCTNet
 from nnunetv2_misfm.trainers.volume_fusion import (
     nnUNetTrainerFMUNetVF,
@@ -22,9 +40,21 @@ __all__ = [
     "nnUNetTrainerFMUNet",
     "nnUNetTrainerFMUNetVF",
     "nnUNetTrainerFMUNetVFPretrain",
+    "nnUNetTrainerMIM",
+    "nnUNetTrainerMIMPretrain",
+    "nnUNetTrainerModelsGenesis",
+    "nnUNetTrainerModelsGenesisPretrain",
     "nnUNetTrainerPCTNet",
+    "nnUNetTrainerPCTNetMIM",
+    "nnUNetTrainerPCTNetMIMPretrain",
+    "nnUNetTrainerPCTNetModelsGenesis",
+    "nnUNetTrainerPCTNetModelsGenesisPretrain",
+    "nnUNetTrainerPCTNetPatchSwapping",
+    "nnUNetTrainerPCTNetPatchSwappingPretrain",
     "nnUNetTrainerPCTNetVF",
     "nnUNetTrainerPCTNetVFPretrain",
+    "nnUNetTrainerPatchSwapping",
+    "nnUNetTrainerPatchSwappingPretrain",
     "nnUNetTrainerSwinUNETR",
     "nnUNetTrainerUNETR",
     "nnUNetTrainerVF",
