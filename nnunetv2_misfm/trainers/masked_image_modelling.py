@@ -58,7 +58,7 @@ def draw_mask(
         mask = mask.repeat_interleave(edge, axis)
     if num_whole < len(order):
         place = torch.unravel_index(order[num_whole], voxels.shape)
-        box = tuple(slice(int(e[:i].sum()), int(e[: i + 1].sum())) for e, i in zip(edges, place, strict=True))
+        box = tuple(slice(int(i) * edge, int(i + 1) * edge) for i, edge in zip(place, recipe.block_size, strict=True))
         part = torch.arange(mask[box].numel()) < mask[box].numel() + missing[num_whole]
         mask[box] = part.reshape(mask[box].shape)
     return mask
@@ -67,15 +67,12 @@ def draw_mask(
 def make_task(
     volumes: torch.Tensor, recipe: MaskedImageModellingRecipe, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the volumes with masked voxels 0, and the volumes with all others NaN: what is asked for.
+    """Returns the volumes with masked voxels 0, and the volumes with all others NaN: float [B, C, D, H, W] each.
 
-    Args:
-        volumes: float [B, C, D, H, W], on any device; the channels of a sample share its mask.
-        recipe: The method's numbers.
-        generator: On the CPU (the same masks on any device); None uses PyTorch's global one.
+    The channels of a sample share its mask. The generator is on the CPU: the same masks whatever the volumes' device.
     """
-    mask = torch.stack([draw_mask(tuple(volumes.shape[2:]), recipe, generator) for _ in volumes])[:, None]
-    mask = mask.to(volumes.device, non_blocking=True)
+    shape = tuple(volumes.shape[2:])
+    mask = torch.stack([draw_mask(shape, recipe, generator) for _ in volumes])[:, None].to(volumes.device)
     return volumes.masked_fill(mask, 0.0), volumes.masked_fill(~mask, torch.nan)
 
 

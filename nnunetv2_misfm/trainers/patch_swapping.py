@@ -41,12 +41,7 @@ def draw_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the flat indices of the voxels that change places, int64 [pairs, voxels of a block] each, on the CPU.
 
-    The blocks are cells of a grid at a random offset, no cell twice: no two of them overlap.
-
-    Args:
-        shape: Size of the patch (D, H, W).
-        recipe: The method's numbers.
-        generator: On the CPU; None uses PyTorch's global one.
+    The blocks are cells of a grid at a random offset in a patch of `shape` (D, H, W), no cell twice: no two overlap.
     """
     edges = torch.tensor([max(1, int(recipe.block_share * size)) for size in shape])
     offsets = (torch.rand(3, generator=generator) * edges.clamp(max=torch.tensor(shape) - edges + 1)).long()
