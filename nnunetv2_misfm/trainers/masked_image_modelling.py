@@ -47,13 +47,12 @@ def draw_mask(
         torch.tensor([min(edge, size - start) for start in range(0, size, edge)])
         for size, edge in zip(shape, recipe.block_size, strict=True)
     ]
-    voxels = edges[0][:, None, None] * edges[1][:, None] * edges[2]
+    voxels = edges[0][:, None, None] * edges[1][:, None] * edges[2]  # of each block
     order = torch.randperm(voxels.numel(), generator=generator)
     missing = round(recipe.mask_ratio * voxels.sum().item()) - voxels.flatten()[order].cumsum(0)
     num_whole = int((missing >= 0).sum())
-    blocks = torch.zeros(voxels.numel(), dtype=torch.bool)
-    blocks[order[:num_whole]] = True
-    mask = blocks.reshape(voxels.shape)
+    mask = torch.zeros(voxels.shape, dtype=torch.bool)
+    mask.view(-1)[order[:num_whole]] = True
     for axis, edge in enumerate(edges):
         mask = mask.repeat_interleave(edge, axis)
     if num_whole < len(order):

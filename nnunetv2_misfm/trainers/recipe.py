@@ -121,7 +121,7 @@ def read_recipes(
         block = {}
     if not isinstance(block, Mapping):
         raise MisfmError(f"misfm block: expected a dictionary of keys, got {block!r}; correct it in the plans file.")
-    methods = known_methods()
+    methods = known_methods() | ({} if method is None else {method.method: method})
     sub_blocks = {k: v for k, v in block.items() if isinstance(v, Mapping) or k in methods}
     unknown = [k for k in sub_blocks if k not in methods]
     if unknown:
