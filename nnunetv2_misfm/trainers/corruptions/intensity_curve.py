@@ -43,7 +43,9 @@ def apply_curve(volume: torch.Tensor, curve: torch.Tensor, low: torch.Tensor, hi
         high: float [C, 1, 1, 1], what counts as 1.
     """
     last = len(curve) - 1
-    entries = ((volume - low) * (last / (high - low).clamp(min=torch.finfo(volume.dtype).tiny))).round_()
+    exact = torch.promote_types(volume.dtype, torch.float32)  # half precision cannot count to `last`
+    width = (high - low).to(exact).clamp(min=torch.finfo(exact).tiny * len(curve))  # so that last / width is finite
+    entries = ((volume - low).to(exact) * (last / width)).round_()
     curve = curve.to(volume.device, volume.dtype)
     mapped = curve.index_select(0, entries.clamp_(0, last).int().flatten()).reshape(volume.shape)
     return mapped.mul_(high - low).add_(low)

@@ -1,5 +1,7 @@
 """The range of intensities that Models Genesis takes for [0, 1]."""
 
+import math
+
 import torch
 
 # Percentiles, those between which nnU-Net clips CT: single bright voxels must not squeeze all others together
@@ -14,7 +16,9 @@ def percentiles(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     They are estimated from every n-th voxel of the flattened channel.
     """
     flat = volume.flatten(1)
-    step = max(1, flat.shape[1] // NUM_VOXELS) | 1  # odd, so as not to fall into step with the rows
+    step = max(1, flat.shape[1] // NUM_VOXELS)
+    while math.gcd(step, flat.shape[1]) > 1:  # so as not to fall into step with the rows
+        step += 1
     ends = torch.quantile(flat[:, ::step].float(), flat.new_tensor([LOWER, UPPER], dtype=torch.float32), dim=1)
     low, high = ends.to(volume.dtype)[:, :, None, None, None]
     return low, high
