@@ -1,130 +1,46 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import torch
 from conftest import Workspace
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.image import imread
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from toy import toy_case, toy_dataset_json, toy_plans
 
 import nnunetv2_misfm.preview
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.preview import Sample, as_viewed, axis_directions, draw, preview
+from nnunetv2_misfm.preview import find_pretraining_trainer, preview
+from nnunetv2_misfm.preview_figure import Sample
+from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 
-ORIENTATIONS = [
-    a + b + c
-    for a in "LRPASI" for b in "LRPASI" for c in "LRPASI"
-    if len({"LR".find(e) >= 0 and "x" or "PA".find(e) >= 0 and "y" or "z" for e in (a, b, c)}) == 3
-]  # fmt: skip
+PRETRAINING = [name for name in nnunetv2_misfm_trainers.__all__ if name.endswith("Pretrain")]
 
 
-def numbered(shape: tuple[int, ...] = (3, 4, 5)) -> np.ndarray:
-    return np.arange(np.prod(shape)).reshape(shape)
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """The samples of every picture, in place of which an empty one is written."""
+    samples: list[Sample] = []
+
+    def keep(given: list[Sample], method: str, caption: str, num_levels: int) -> Figure:
+        samples.extend(given)
+        return Figure()
+
+    monkeypatch.setattr(nnunetv2_misfm.preview, "draw", keep)
+    return samples
 
 
-# Orientation
+def named(sample: Sample) -> dict[str, np.ndarray]:
+    """The volumes of a sample by the first lines of their titles."""
+    return {column.title.split("\n")[0]: column.volume for column in sample.columns}
 
 
-def test_every_orientation_is_turned_as_simpleitk_turns_it() -> None:
-    assert len(ORIENTATIONS) == 48
-    image = sitk.GetImageFromArray(numbered())
-    wanted = sitk.GetArrayFromImage(image)[::-1]  # ITK's own runs to L, P and S: the radiologist's begins at the top
-    for orientation in ORIENTATIONS:
-        turned = sitk.DICOMOrient(image, orientation)
-        axes = axis_directions({"sitk_stuff": {"direction": turned.GetDirection()}}, [0, 1, 2])
-        assert axes == orientation[::-1]  # array axes are z, y, x
-        assert np.array_equal(as_viewed(sitk.GetArrayFromImage(turned), axes), wanted)
-
-
-def test_nibabels_affine_means_the_same() -> None:
-    image = nibabel.Nifti1Image(numbered().astype(np.int16), np.diag([-2.0, 1.0, -3.0, 1.0]))
-    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt("LPI"))
-    wanted = np.asanyarray(image.as_reoriented(turn).dataobj).T
-    stuff = {"original_affine": image.affine}
-    axes = axis_directions({"nibabel_stuff": stuff}, [0, 1, 2])
-    assert axes == "IAL"
-    assert np.array_equal(as_viewed(np.asanyarray(image.dataobj).T, axes), wanted)
-    stuff["reoriented_affine"] = np.eye(4)  # nnU-Net's other reader turns the array to R, A, S
-    assert axis_directions({"nibabel_stuff": stuff}, [0, 1, 2]) == "SAR"
-
-
-def test_nnunets_order_of_the_axes_is_followed() -> None:
-    properties = {"sitk_stuff": {"direction": (-1, 0, 0, 0, -1, 0, 0, 0, 1)}}
-    assert axis_directions(properties, [0, 1, 2]) == "SAR"
-    assert axis_directions(properties, [2, 0, 1]) == "RSA"
-    volume = numbered()
-    expected = as_viewed(volume, "SAR")
-    assert np.array_equal(as_viewed(volume.transpose(2, 0, 1), "RSA"), expected)
-
-
-def test_oblique_volumes_take_the_nearest_ends_and_unclear_ones_itks_default() -> None:
-    c, s = np.cos(0.3), np.sin(0.3)
-    direction = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    assert axis_directions({"sitk_stuff": {"direction": direction.ravel()}}, [0, 1, 2]) == "SPL"
-    unclear = np.array([[0.8, 0.7, 0], [0.6, 0.3, 0.7], [0, 0.6, 0.7]])  # two axes run mostly to the left
-    assert axis_directions({"sitk_stuff": {"direction": unclear.ravel()}}, [0, 1, 2]) == "SPL"
-    assert axis_directions({}, [1, 2, 0]) == "PLS"
-
-
-# The figure
-
-
-def sample(shape: tuple[int, ...] = (3, 5, 4), spacing: tuple[float, ...] = (4.0, 1.0, 2.0)) -> Sample:
-    background = numbered(shape).astype(np.float32)
-    levels = (numbered(shape) % 5).astype(np.int16)
-    return Sample(background, background + 100, background + 50, levels, ("one", "two"), spacing)
-
-
-def test_panels_show_the_middle_slices_of_the_three_planes_at_true_proportions() -> None:
-    shown = sample()
-    (part, _) = draw([shown], 4).subfigs
-    panels = np.array(part.axes).reshape(3, 4)
-    for column, volume in enumerate((shown.background, shown.foreground, shown.fused, shown.levels)):
-        for row, middle in enumerate((volume[1], volume[:, 2], volume[:, :, 2])):
-            (image,) = panels[row, column].images
-            assert np.array_equal(image.get_array(), middle)
-            assert image.origin == "upper"
-    assert [panel.get_aspect() for panel in panels[:, 0]] == [1 / 2, 4 / 2, 4 / 1]  # mm down / mm across
-    assert [panel.get_ylabel() for panel in panels[:, 0]] == ["axial", "coronal", "sagittal"]
-    assert [panel.get_title() for panel in panels[0]] == [
-        "background\none",
-        "foreground\ntwo",
-        "fused\n(input)",
-        "levels\n(label)",
-    ]
-
-
-def test_edges_bear_the_ends_of_the_body_as_radiologists_look() -> None:
-    (part, _) = draw([sample()], 4).subfigs
-    for panel, (left, right, top, bottom) in zip(part.axes[::4], ("RLAP", "RLSI", "APSI"), strict=True):
-        at = {text.get_text(): text.get_position() for text in panel.texts}
-        assert at[left][0] < 0.5 < at[right][0] and at[bottom][1] < 0.5 < at[top][1]
-
-
-def test_greys_of_a_sample_share_one_scale_and_every_level_has_its_colour() -> None:
-    shown = sample()
-    (part, legend) = draw([shown], 4).subfigs
-    scales = {panel.images[0].get_clim() for i, panel in enumerate(part.axes) if i % 4 < 3}
-    assert scales == {tuple(np.percentile(np.stack([shown.background, shown.foreground]), (0.5, 99.5)))}
-    image = part.axes[3].images[0]
-    assert len({tuple(image.cmap(image.norm(k))) for k in range(5)}) == 5
-    (bar,) = legend.axes
-    assert [tick.get_text() for tick in bar.get_xticklabels()] == list("01234")
-    assert "k/4 foreground, the rest background" in bar.get_xlabel()
-
-
-def test_legend_of_many_levels_stays_readable() -> None:
-    (_, legend) = draw([sample()], 100).subfigs
-    ticks = [int(tick.get_text()) for tick in legend.axes[0].get_xticklabels()]
-    assert ticks[0] == 0 and len(ticks) <= 9 and ticks[-1] > 80
-
-
-# From a dataset
+# Volume Fusion
 
 
 def test_picture_is_written_and_shows_every_level(workspace: Workspace, tmp_path: Path) -> None:
@@ -141,23 +57,33 @@ def test_picture_is_written_and_shows_every_level(workspace: Workspace, tmp_path
 
 
 def test_what_is_shown_is_the_task_on_the_preprocessed_cases(
-    make_workspace: Callable[..., Workspace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_workspace: Callable[..., Workspace], tmp_path: Path, shown: list[Sample]
 ) -> None:
     make_workspace(num_cases=2, plans=toy_plans(patch_size=[20, 22, 20], spacing=[5.0, 1.0, 2.0]))
-    shown: list[Sample] = []
-    monkeypatch.setattr(nnunetv2_misfm.preview, "draw", lambda samples, k: shown.extend(samples) or draw(samples, k))
     preview("555", "quick", tmp_path / "picture.png", num_samples=3)
     preview("555", "quick", tmp_path / "picture.png", num_samples=1, seed=1)
+    names, levels = [], []
     for one in shown:
-        mixture = one.background + (one.foreground - one.background) * one.levels / 4
-        assert np.allclose(one.fused, mixture, atol=1e-5)
-        for volume, name in zip((one.background, one.foreground), one.names, strict=True):
+        background, foreground, fused, label = (column.volume for column in one.columns)
+        titles = [column.title.split("\n") for column in one.columns]
+        assert [first for first, _ in titles] == ["background", "foreground", "fused", "levels"]
+        assert [second for _, second in titles[2:]] == ["(input)", "(label)"]
+        assert np.allclose(fused, background + (foreground - background) * label / 4, atol=1e-5)
+        names.append([name for _, name in titles[:2]])
+        for volume, name in zip((background, foreground), names[-1], strict=True):
             image, _ = toy_case(int(name[-1]), (20, 22, 20), 1)  # no geometry in its properties: ITK's default
             assert np.array_equal(volume, image[0, ::-1])
         assert one.spacing == (5.0, 1.0, 2.0)
-    assert len(shown) == 3 + 1 and set(shown[0].levels.flat) > {0, 4}
-    assert [one.names[1] for one in shown[1:3]] == [one.names[0] for one in shown[:2]]
-    assert not np.array_equal(shown[3].levels, shown[0].levels)
+        levels.append(label)
+    assert len(shown) == 3 + 1 and set(levels[0].flat) > {0, 4}
+    assert [foreground for _, foreground in names[1:3]] == [background for background, _ in names[:2]]
+    assert not np.array_equal(levels[3], levels[0])
+
+
+def test_legend_says_what_a_level_means(workspace: Workspace) -> None:
+    trainer = find_pretraining_trainer("nnUNetTrainerVFPretrain")
+    _, recipe = trainer.read_recipes(PlansManager(workspace.plans()).get_configuration("quick"))
+    assert "k/4 foreground, the rest background" in trainer.preview_caption(recipe)
 
 
 def test_seed_makes_the_picture(workspace: Workspace, tmp_path: Path) -> None:
@@ -175,6 +101,149 @@ def test_recipe_and_several_channels_and_samples_act(make_workspace: Callable[..
     pixels = imread(made[0])[..., :3]
     yellow = (np.abs(pixels - [0.993, 0.906, 0.144]).max(-1) < 0.02).mean(1)  # the highest level
     assert yellow.max() > 0.4 and (yellow[: int(0.8 * len(yellow))] == 0).all()  # in the legend alone: no box was drawn
+
+
+# Every method
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_columns_of_every_pretraining_trainer(
+    workspace: Workspace, tmp_path: Path, shown: list[Sample], name: str
+) -> None:
+    for _ in range(2):
+        preview("555", "quick", tmp_path / "picture", num_samples=1, seed=5, trainer=name)
+    for column, again in zip(shown[0].columns, shown[1].columns, strict=True):
+        assert np.array_equal(column.volume, again.volume, equal_nan=True)
+    titles = list(named(shown[0]))
+    if "VF" in name:
+        assert titles == ["background", "foreground", "fused", "levels"]
+    elif "MIM" in name:
+        assert titles == ["volume", "input", "target"]
+    else:
+        assert titles == ["volume (target)", "input"]
+    assert shown[0].columns[0].title.split("\n")[1].startswith("case_")
+
+
+def test_target_of_masking_is_what_the_input_lacks(workspace: Workspace, tmp_path: Path, shown: list[Sample]) -> None:
+    workspace.plans({"masked_image_modelling": {"block_size": [4, 4, 4]}})
+    preview("555", "quick", tmp_path / "picture.png", trainer="nnUNetTrainerMIMPretrain")
+    for one in map(named, shown):
+        asked = ~np.isnan(one["target"])
+        assert asked.mean() == 0.75
+        assert np.array_equal(one["target"][asked], one["volume"][asked]) and not one["input"][asked].any()
+        assert np.array_equal(one["input"][~asked], one["volume"][~asked])
+
+
+def test_the_first_of_several_channels_is_shown(
+    make_workspace: Callable[..., Workspace], tmp_path: Path, shown: list[Sample]
+) -> None:
+    make_workspace(dataset_json=toy_dataset_json(num_channels=2), plans=toy_plans(patch_size=[20, 22, 20]))
+    preview("555", "quick", tmp_path / "picture.png", trainer="nnUNetTrainerPatchSwappingPretrain")
+    for one in shown:
+        image, _ = toy_case(int(one.columns[0].title[-1]), (20, 22, 20), 2)
+        volume, swapped = named(one).values()
+        assert np.array_equal(volume, image[0, ::-1])
+        assert not np.array_equal(swapped, volume) and np.array_equal(np.sort(swapped, None), np.sort(volume, None))
+
+
+OWN_TRAINERS = """
+from nnunetv2_misfm.trainers.patch_swapping import PatchSwappingRecipe
+from nnunetv2_misfm.trainers.pretext import PretextTrainer
+
+class nnUNetTrainerOwnLevels(PretextTrainer):
+    method = PatchSwappingRecipe
+    make_task = staticmethod(lambda volumes, recipe, generator=None: (volumes + 1, (volumes[:, :1] > 0).long()))
+    num_task_classes = num_outputs = classmethod(lambda cls, *given: 2)
+
+class nnUNetTrainerOwnRestoration(PretextTrainer):
+    method = PatchSwappingRecipe
+    make_task = staticmethod(lambda volumes, recipe, generator=None: (volumes + 1, -volumes))
+    num_outputs = classmethod(lambda cls, recipe, channels: channels)
+"""
+
+
+def test_a_users_own_methods_are_drawn(
+    workspace: Workspace, tmp_path: Path, shown: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "methods.py").write_text(OWN_TRAINERS)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "own"))
+    for name in ("nnUNetTrainerOwnLevels", "nnUNetTrainerOwnRestoration"):
+        preview("555", "quick", tmp_path / f"{name}.png", num_samples=1, trainer=name)
+    levels, restoration = map(named, shown)
+    assert np.array_equal(levels["levels"], levels["volume"] > 0) and shown[0].columns[2].has_levels
+    assert np.array_equal(levels["input"], levels["volume"] + 1)
+    assert np.array_equal(restoration["target"], -restoration["volume"])
+
+
+# A trained network's answer
+
+
+def write_checkpoint_of(workspace: Workspace, name: str) -> Any:
+    """Saves a network whose BatchNorm knows other numbers than a batch's and returns its trainer."""
+    trainer = workspace.trainer(getattr(nnunetv2_misfm_trainers, name), fold="all")
+    trainer.initialize()
+    trainer.data_fingerprint = {}
+    trainer.network(3 * torch.randn(2, 1, 16, 16, 16) + 1)  # in training mode
+    trainer.save_checkpoint(str(workspace.root / "trained.pth"))
+    trainer.network.eval()
+    return trainer
+
+
+def answer_to(trainer: Any, shown_input: np.ndarray) -> np.ndarray:
+    """The finest head's answer [C, D, H, W] to an input as viewed, as viewed."""
+    with torch.no_grad():
+        heads = trainer.network(torch.from_numpy(shown_input[::-1].copy())[None, None])
+    return heads[0][0].numpy()[:, ::-1]
+
+
+def test_predicted_levels_are_the_networks_likeliest(workspace: Workspace, tmp_path: Path, shown: list[Sample]) -> None:
+    trainer = write_checkpoint_of(workspace, "nnUNetTrainerVFPretrain")
+    preview("555", "quick", tmp_path / "picture.png", num_samples=3, checkpoint=workspace.root / "trained.pth")
+    preview("555", "quick", tmp_path / "plain.png", num_samples=3)
+    for one, without in zip(map(named, shown[:3]), map(named, shown[3:]), strict=True):
+        predicted = one.pop("predicted levels")
+        assert np.array_equal(predicted, answer_to(trainer, one["fused"]).argmax(0)) and np.ptp(predicted) > 0
+        assert all(np.array_equal(one[key], without[key]) for key in without) and one.keys() == without.keys()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerMIMPretrain", "nnUNetTrainerPCTNetModelsGenesisPretrain"])
+def test_restoration_is_the_networks_answer_where_it_is_asked(
+    workspace: Workspace, tmp_path: Path, shown: list[Sample], name: str
+) -> None:
+    trainer = write_checkpoint_of(workspace, name)
+    file = workspace.root / "trained.pth"
+    preview("555", "quick", tmp_path / "picture.png", trainer=name, checkpoint=file)
+    for one in map(named, shown):
+        *_, target = (volume for title, volume in one.items() if "target" in title)
+        expected = np.where(np.isnan(target), np.nan, answer_to(trainer, one["input"])[0])
+        assert np.allclose(one["restoration"], expected, atol=1e-5, equal_nan=True)
+
+
+def test_checkpoint_of_another_network_or_no_checkpoint_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    write_checkpoint_of(workspace, "nnUNetTrainerPCTNetVFPretrain")
+    (tmp_path / "cut.pth").write_bytes((workspace.root / "trained.pth").read_bytes()[:1000])
+    workspace.plans({"features_per_stage": [4, 4, 8, 16, 64]})
+    for trainer, file, sentence in (
+        ("VF", "trained.pth", "expected a checkpoint of nnUNetTrainerVFPretrain, got one of nnUNetTrainerPCTNetVFPre"),
+        ("PCTNetVF", "trained.pth", r"configuration quick, got those of another network \(\d+ tensors differ, first "),
+        ("PCTNetVF", "cut.pth", "is truncated or no PyTorch checkpoint"),
+        ("PCTNetVF", "none.pth", "expected a checkpoint file at .*none.pth, found none"),
+    ):
+        arguments = {"trainer": f"nnUNetTrainer{trainer}Pretrain", "checkpoint": tmp_path / file}
+        with pytest.raises(MisfmError, match=sentence):
+            preview("555", "quick", tmp_path / "picture.png", **arguments)
+    assert not (tmp_path / "picture.png").exists()
+
+
+# Faults
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerVF", "nnUNetTrainer", "VFPretrain"])
+def test_a_name_that_does_not_pretrain_gets_the_list(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    with pytest.raises(MisfmError, match=f"expected the name of a pretraining trainer, got '{name}'") as caught:
+        preview("555", "quick", tmp_path / "picture.png", trainer=name)
+    assert f"name one of {', '.join(PRETRAINING)}, or one of your own" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from nnunetv2_misfm.weights.convert import (
     read_source,
     recognise,
 )
+from nnunetv2_misfm.weights.nnssl import is_nnssl, transfer_from_nnssl
 from nnunetv2_misfm.weights.released import Conversion
 from nnunetv2_misfm.weights.transfer import HEAD_MARK, TransferReport, transfer_weights
 
@@ -49,7 +50,7 @@ class Adaptation:
 
     Attributes:
         source: The file that was read.
-        conversion: How its network was converted; None for a checkpoint of nnU-Net or this package.
+        conversion: How its network was converted; None for a checkpoint of nnU-Net, nnssl or this package.
         report: What moved into the target's network.
         output: The file that was written.
         dataset: Name of the target.
@@ -68,7 +69,8 @@ class Adaptation:
     trainer: str
 
     def __str__(self) -> str:
-        found = [f"read {self.source.file} ({self.source.container})"]
+        container = "nnssl checkpoint" if is_nnssl(self.source.rest) else self.source.container
+        found = [f"read {self.source.file} ({container})"]
         fresh = {name: why for name, why in self.report.fresh.items() if HEAD_MARK not in name}
         return "\n".join(
             [
@@ -95,7 +97,8 @@ def adapt(
     """Writes pretrained weights in the shapes of a dataset's network, heads left out.
 
     Args:
-        file: A checkpoint that the MIS-FM authors released, or one of this package or nnU-Net.
+        file: A checkpoint that the MIS-FM authors released, or one of this package, nnU-Net or nnssl (of a
+            ResidualEncoderUNet; its decoder is not taken).
         dataset: Number or name of the dataset to fine-tune on; its plans are needed, its cases are not.
         configuration: Configuration of the plans.
         plans: Name of the plans file without its ending.
@@ -123,12 +126,10 @@ def adapt(
     trained_by = conversion.trainer if conversion else _stated(file, source.rest, "trainer_name", scratch.__name__)
     network, description = _target(scratch, manager, configuration, plans_file)
     try:
-        report = transfer_weights(
-            weights,
-            network,
-            num_label_channels=description["label_channels"],
-            num_source_label_channels=num_source_label_channels,
-        )
+        if is_nnssl(source.rest):
+            report = transfer_from_nnssl(source.rest, weights, network, description["label_channels"])
+        else:
+            report = transfer_weights(weights, network, "all", description["label_channels"], num_source_label_channels)
     except MisfmError as error:
         raise MisfmError(f"{file} for {manager.dataset_name}, {plans}, {configuration}: {error}") from error
     target = {"dataset": manager.dataset_name, "plans": plans, "configuration": configuration}
@@ -137,6 +138,7 @@ def adapt(
         "adapted_from": {"file": file.name, "sha256": file_sha256(file), "network": given},
         "adapted_to": {**target, "transfer": report.as_dict()},
         "versions": {package: version(package) for package in RECORDED_PACKAGES},
+        "citations": meta.get("citations") or source.rest.get("citations", []),  # nnssl's stand beside its weights
     }
     body = {key: tensor for key, tensor in network.state_dict().items() if HEAD_MARK not in key}
     write_checkpoint({"network_weights": body, "trainer_name": trained_by, "misfm_meta": meta}, output)

@@ -3,8 +3,8 @@
 Hooks of nnU-Net 2.8 that are overridden, and what each does instead: `__init__` (reads the `misfm` block),
 `initialize` (seeds; wraps for DDP on any device), `build_network_architecture` (a classmethod, so that mixins chain),
 `configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split` (no silent random fold),
-`train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, one more
-key), `load_checkpoint` (falls back from an unreadable file under `--c`) and `perform_actual_validation` (can be left
+`train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, more
+keys), `load_checkpoint` (falls back from an unreadable file under `--c`) and `perform_actual_validation` (can be left
 out). `on_train_start` and the starts of an epoch only add notes to nnU-Net's.
 """
 
@@ -36,7 +36,7 @@ from nnunetv2_misfm.citations import NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import require_supported_nnunet
 from nnunetv2_misfm.trainers.halving_lr import HalvingLRScheduler
-from nnunetv2_misfm.trainers.metadata import checkpoint_metadata, data_fingerprint
+from nnunetv2_misfm.trainers.metadata import added_keys, data_fingerprint
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, read_recipes
 from nnunetv2_misfm.weights.checkpoint import read_checkpoint, write_checkpoint
 
@@ -273,12 +273,7 @@ class MisfmTrainer(nnUNetTrainer):
         """Returns nnU-Net's augmentation, or for `flips` mirroring and nnU-Net's handling of labels alone."""
         if self.recipe.augmentation == "nnunet":
             return super().get_training_transforms(
-                patch_size,
-                rotation_for_DA,
-                deep_supervision_scales,
-                mirror_axes,
-                do_dummy_2d_data_aug,
-                **labels,
+                patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug, **labels
             )
         labels.pop("use_mask_for_norm", None)  # only needed where noise was added outside the mask
         handling = self.get_validation_transforms(deep_supervision_scales, **labels)
@@ -351,7 +346,7 @@ class MisfmTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes nnU-Net's checkpoint plus `misfm_meta`, atomically and as plain data.
+        """Writes nnU-Net's checkpoint plus our keys (metadata.py), atomically and as plain data.
 
         nnU-Net writes to a buffer here, so that whatever keys its version has are kept.
 
@@ -365,7 +360,7 @@ class MisfmTrainer(nnUNetTrainer):
         super().save_checkpoint(buffer)
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # what was just written
-        write_checkpoint({**checkpoint, "misfm_meta": checkpoint_metadata(self)}, filename)
+        write_checkpoint({**checkpoint, **added_keys(self)}, filename)
 
     def load_checkpoint(self, filename: str) -> None:
         """Resumes from a checkpoint; under `--c` an unreadable one gives way to the newest that can be read.

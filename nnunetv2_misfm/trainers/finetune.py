@@ -20,6 +20,7 @@ from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.weights.checkpoint import file_sha256, network_weights, read_checkpoint, tensors_sha256
+from nnunetv2_misfm.weights.nnssl import is_nnssl, transfer_from_nnssl
 from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
 
 WEIGHTS_VARIABLE = "nnUNet_misfm_weights"
@@ -115,13 +116,16 @@ class FinetuneTrainer(MisfmTrainer):
     def _load(self, file: Path, route: str) -> dict[str, Any]:
         try:
             checkpoint = read_checkpoint(file)
-            report = transfer_weights(
-                network_weights(checkpoint, file),
-                self.bare_network,
-                self.recipe.transfer,
-                num_label_channels=self.num_label_channels,
-                num_source_label_channels=checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0),
-            )
+            weights, labels = network_weights(checkpoint, file), self.num_label_channels
+            if is_nnssl(checkpoint):
+                report = transfer_from_nnssl(checkpoint, weights, self.bare_network, labels)
+                self.print_to_log_file(
+                    f"{file} is a checkpoint of nnssl: its encoder and stem are taken, its decoder is not "
+                    f"(transfer: encoder, where the recipe says {self.recipe.transfer})."
+                )
+            else:
+                given = checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0)
+                report = transfer_weights(weights, self.bare_network, self.recipe.transfer, labels, given)
         except MisfmError as error:
             raise MisfmError(f"pretrained weights {file} (by {route}): {error}") from error
         self.print_to_log_file(f"Pretrained weights: {file}, by {route}: {report.summary()}")

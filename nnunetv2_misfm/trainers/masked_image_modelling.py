@@ -80,7 +80,7 @@ class nnUNetTrainerMIMPretrain(ReconstructionTrainer):  # noqa: N801 - nnU-Net's
 
     method = MaskedImageModellingRecipe
     make_task = staticmethod(make_task)
-    citations = (NNUNET, MIM, MISFM)
+    citations: ClassVar[tuple[str, ...]] = (NNUNET, MIM, MISFM)
 
 
 class nnUNetTrainerPCTNetMIMPretrain(nnUNetTrainerMIMPretrain, nnUNetTrainerPCTNet):  # noqa: N801

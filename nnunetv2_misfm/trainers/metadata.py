@@ -1,4 +1,4 @@
-"""What a checkpoint of this package says of itself: the plain data under its key `misfm_meta`."""
+"""What a checkpoint of this package says of itself: the plain data under its key `misfm_meta`, and to nnU-Net."""
 
 import hashlib
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.weights.checkpoint import plain
+from nnunetv2_misfm.weights.nnssl import ADAPTATION_PLAN, adaptation_plan, states_its_layout
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.trainers.base import MisfmTrainer
@@ -30,6 +31,27 @@ def data_fingerprint(trainer: "MisfmTrainer") -> dict[str, Any]:
         "num_training_cases": len(cases),
         "sha256": digest.hexdigest(),
     }
+
+
+def added_keys(trainer: "MisfmTrainer") -> dict[str, Any]:
+    """Returns what a checkpoint holds beside nnU-Net's keys: `misfm_meta`, and what nnU-Net's fine-tuning reads.
+
+    The latter, an nnssl adaptation plan and `citations` in the form that nnU-Net prints, only for pretrained networks
+    that say where their parts lie: nnU-Net's own.
+    """
+    added = {"misfm_meta": checkpoint_metadata(trainer)}
+    if trainer.method is None or not states_its_layout(trainer.bare_network):
+        return added
+    plan = adaptation_plan(
+        trainer.bare_network,
+        trainer.network_description(trainer.plans_manager, trainer.configuration_manager),
+        trainer.plans_manager.plans,
+        trainer.configuration_name,
+        trainer.configuration_manager.configuration,
+        trainer.num_input_channels,
+    )
+    papers = {"type": "Pretraining", "name": trainer.method.method, "apa_citations": list(trainer.citations)}
+    return {**added, ADAPTATION_PLAN: plan, "citations": [papers]}
 
 
 def checkpoint_metadata(trainer: "MisfmTrainer") -> dict[str, Any]:

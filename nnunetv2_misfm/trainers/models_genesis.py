@@ -77,7 +77,7 @@ class nnUNetTrainerModelsGenesisPretrain(ReconstructionTrainer):  # noqa: N801 -
 
     method = ModelsGenesisRecipe
     make_task = staticmethod(make_task)
-    citations = (NNUNET, MODELS_GENESIS, MISFM)
+    citations: ClassVar[tuple[str, ...]] = (NNUNET, MODELS_GENESIS, MISFM)
 
 
 class nnUNetTrainerPCTNetModelsGenesisPretrain(nnUNetTrainerModelsGenesisPretrain, nnUNetTrainerPCTNet):  # noqa: N801

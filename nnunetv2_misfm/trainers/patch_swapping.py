@@ -53,7 +53,7 @@ def draw_pairs(
     place = torch.stack(torch.unravel_index(cells[: 2 * num_pairs], counts), 1)
     corners = ((place * edges + offsets) * strides).sum(1)
     inside = (torch.cartesian_prod(*(torch.arange(int(edge)) for edge in edges)) * strides).sum(1)
-    first, second = (corners[:, None] + inside).reshape(2, num_pairs, -1)
+    first, second = (corners[:, None] + inside).reshape(2, num_pairs, len(inside))
     return first, second
 
 
@@ -78,7 +78,7 @@ class nnUNetTrainerPatchSwappingPretrain(ReconstructionTrainer):  # noqa: N801 -
 
     method = PatchSwappingRecipe
     make_task = staticmethod(make_task)
-    citations = (NNUNET, PATCH_SWAPPING, MISFM)
+    citations: ClassVar[tuple[str, ...]] = (NNUNET, PATCH_SWAPPING, MISFM)
 
 
 class nnUNetTrainerPCTNetPatchSwappingPretrain(nnUNetTrainerPatchSwappingPretrain, nnUNetTrainerPCTNet):  # noqa: N801

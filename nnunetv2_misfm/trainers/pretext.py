@@ -109,6 +109,20 @@ class PretextTrainer(MisfmTrainer):
         """Returns a target [B, 1, D, H, W] for a coarser head, resized as nnU-Net resizes labels."""
         return interpolate(target.float(), size, mode="nearest-exact").to(target.dtype)
 
+    # ------------------------------------------------------------------ pictures of the task
+
+    @classmethod
+    def preview_sources(cls, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what a batch's inputs are made of, by name: float [B, C, D, H, W] each, as in `make_task`."""
+        return {"volume": volumes}
+
+    @classmethod
+    def preview_caption(cls, recipe: MethodRecipe) -> str:
+        """Returns what the network is to answer, for the legend of a picture."""
+        if cls.num_task_classes(recipe) > 1:
+            return "level of a voxel, which the network is to tell from the input"
+        return "from the input the network is to restore the target"
+
     # ------------------------------------------------------------------ network and loss
 
     @property

@@ -55,7 +55,8 @@ class ReconstructionLoss(nn.Module):
             target: float [B, C, D, H, W], NaN where nothing is asked; 0 is returned if nothing is asked anywhere.
         """
         asked = ~target.isnan()
-        error = torch.where(asked, restored.float() - target, 0.0)
+        restored = restored.float()
+        error = torch.where(asked, restored - target, 0.0 * restored)  # a NaN in the output shows wherever it is
         total = error.square().sum() if self.kind == "mse" else error.abs().sum()
         return total / asked.sum().clamp(min=1)
 

@@ -91,15 +91,18 @@ def draw_boxes(
         recipe: The method's numbers.
         generator: On the CPU; None uses PyTorch's global one.
     """
-    boxes = []
-    for _ in range(_integer(*recipe.num_boxes, generator)):
-        slices = []
-        for size in shape:
-            edge = _integer(*edge_range(size, recipe.box_min_size, recipe.box_max_share), generator)
-            start = _integer(0, size - 1, generator) - edge // 2
-            slices.append(slice(max(start, 0), min(start + edge, size)))
-        boxes.append((tuple(slices), _integer(1, recipe.num_levels, generator)))
-    return boxes
+    number = _integer(*recipe.num_boxes, generator)
+    uniform = torch.rand((number, 7), generator=generator, dtype=torch.float64)  # float32 could round up to 1 times n
+    ranges = [edge_range(size, recipe.box_min_size, recipe.box_max_share) for size in shape]
+    sizes, shortest, longest = torch.tensor([(n, low, high) for n, (low, high) in zip(shape, ranges, strict=True)]).T
+    edges = shortest + (uniform[:, :3] * (longest - shortest + 1)).long()
+    starts = (uniform[:, 3:6] * sizes).long() - edges // 2
+    stops = (starts + edges).minimum(sizes).tolist()
+    levels = (1 + (uniform[:, 6] * recipe.num_levels).long()).tolist()
+    return [
+        (tuple(map(slice, start, stop)), level)
+        for start, stop, level in zip(starts.clamp(min=0).tolist(), stops, levels, strict=True)
+    ]
 
 
 def draw_box_map(
@@ -111,7 +114,7 @@ def draw_box_map(
     """Returns one sample's map of levels, uint8 [D, H, W] in 0..K: boxes on level 0, the later one on top."""
     levels = torch.zeros(shape, dtype=torch.uint8, device=device)
     for box, level in draw_boxes(shape, recipe, generator):
-        levels[box] = level
+        levels[box].fill_(level)
     return levels
 
 
@@ -141,16 +144,23 @@ def draw_grid_map(
     return levels
 
 
-def fuse(background: torch.Tensor, foreground: torch.Tensor, levels: torch.Tensor, num_levels: int) -> torch.Tensor:
+def fuse(
+    background: torch.Tensor,
+    foreground: torch.Tensor,
+    levels: torch.Tensor,
+    num_levels: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Returns alpha * foreground + (1 - alpha) * background with alpha = levels / num_levels.
 
     Args:
-        background: float [B, C, D, H, W].
-        foreground: float [B, C, D, H, W].
-        levels: uint8 [B, 1, D, H, W] in 0..num_levels; all channels share it.
+        background: float [..., C, D, H, W].
+        foreground: float [..., C, D, H, W].
+        levels: uint8 in 0..num_levels, of a shape that broadcasts: all channels share it.
         num_levels: K.
+        out: Memory for the result; None takes new memory.
     """
-    return torch.lerp(background, foreground, levels.to(background.dtype) / num_levels)
+    return torch.lerp(background, foreground, levels.to(background.dtype).div_(num_levels), out=out)
 
 
 def make_task(
@@ -173,14 +183,16 @@ def make_task(
     Raises:
         ValueError: A batch of one without a foreground: a volume would be fused with itself.
     """
-    if foreground is None:
-        if len(volumes) < 2:
-            raise ValueError("Volume Fusion expected two samples or a foreground, got one sample; pass a foreground")
-        foreground = volumes.roll(1, 0)
+    if foreground is None and len(volumes) < 2:
+        raise ValueError("Volume Fusion expected two samples or a foreground, got one sample; pass a foreground")
     draw = draw_box_map if recipe.map == "boxes" else draw_grid_map
     shape = tuple(volumes.shape[2:])
-    levels = torch.stack([draw(shape, recipe, generator, volumes.device) for _ in volumes])[:, None]
-    return fuse(volumes, foreground, levels, recipe.num_levels), levels.to(torch.int16)
+    fused, target = torch.empty_like(volumes), volumes.new_empty((len(volumes), 1, *shape), dtype=torch.int16)
+    for i, background in enumerate(volumes):  # sample by sample, so that what is in between stays in the cache
+        levels = draw(shape, recipe, generator, volumes.device)
+        target[i, 0] = levels
+        fuse(background, volumes[i - 1] if foreground is None else foreground[i], levels, recipe.num_levels, fused[i])
+    return fused, target
 
 
 class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convention for trainers
@@ -200,6 +212,17 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
     def num_outputs(cls, recipe: VolumeFusionRecipe, num_input_channels: int) -> int:  # type: ignore[override]
         """Returns K + 1, whatever the channels."""
         return recipe.num_levels + 1
+
+    @classmethod
+    def preview_sources(cls, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the backgrounds, and the foregrounds that `make_task` takes from the batch."""
+        return {"background": volumes, "foreground": volumes.roll(1, 0)}
+
+    @classmethod
+    def preview_caption(cls, recipe: VolumeFusionRecipe) -> str:  # type: ignore[override]
+        """Returns what a level means."""
+        k = recipe.num_levels
+        return f"level k of a voxel, which the network is to tell: k/{k} foreground, the rest background"
 
     def other_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns the foreground of a batch of one."""

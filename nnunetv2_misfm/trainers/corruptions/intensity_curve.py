@@ -47,5 +47,5 @@ def apply_curve(volume: torch.Tensor, curve: torch.Tensor, low: torch.Tensor, hi
     width = (high - low).to(exact).clamp(min=torch.finfo(exact).tiny * len(curve))  # so that last / width is finite
     entries = ((volume - low).to(exact) * (last / width)).round_()
     curve = curve.to(volume.device, volume.dtype)
-    mapped = curve.index_select(0, entries.clamp_(0, last).int().flatten()).reshape(volume.shape)
+    mapped = curve.index_select(0, entries.nan_to_num_(nan=0.0).clamp_(0, last).int().flatten()).reshape(volume.shape)
     return mapped.mul_(high - low).add_(low)

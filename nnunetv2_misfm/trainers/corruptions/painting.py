@@ -58,7 +58,8 @@ def paint_in(
     painted = volume.clone()
     noise = _draw_noise(volume, low, high, generator)
     for box in draw_inpainting_boxes(tuple(volume.shape[1:]), generator):
-        painted[(slice(None), *box)] = noise[(slice(None), *box)]
+        in_all_channels = (slice(None), *box)
+        painted[in_all_channels] = noise[in_all_channels]
     return painted
 
 
@@ -68,7 +69,8 @@ def paint_out(
     """Returns noise with the volume in some boxes; the arguments are those of `paint_in`."""
     painted = _draw_noise(volume, low, high, generator)
     for box in draw_outpainting_boxes(tuple(volume.shape[1:]), generator):
-        painted[(slice(None), *box)] = volume[(slice(None), *box)]
+        in_all_channels = (slice(None), *box)
+        painted[in_all_channels] = volume[in_all_channels]
     return painted
 
 
