@@ -19,6 +19,7 @@ from torch import distributed as dist
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.dimension import require_3d
+from nnunetv2_misfm.trainers.recipe import known_methods
 from nnunetv2_misfm.weights.checkpoint import file_sha256, network_weights, read_checkpoint, tensors_sha256
 from nnunetv2_misfm.weights.nnssl import is_nnssl, transfer_from_nnssl
 from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
@@ -116,6 +117,7 @@ class FinetuneTrainer(MisfmTrainer):
     def _load(self, file: Path, route: str) -> dict[str, Any]:
         try:
             checkpoint = read_checkpoint(file)
+            method = self._require_method(checkpoint)
             weights, labels = network_weights(checkpoint, file), self.num_label_channels
             if is_nnssl(checkpoint):
                 report = transfer_from_nnssl(checkpoint, weights, self.bare_network, labels)
@@ -133,25 +135,55 @@ class FinetuneTrainer(MisfmTrainer):
             self.print_to_log_file(f"  adapted {name}: {how}")
         for name, why in report.fresh.items():
             self.print_to_log_file(f"  left fresh {name}: {why}")
-        return {"route": route, "file": str(file), "sha256": file_sha256(file), **report.as_dict()}
+        return {"route": route, "file": str(file), "sha256": file_sha256(file), "method": method, **report.as_dict()}
+
+    def _require_method(self, checkpoint: dict[str, Any]) -> str | None:
+        """Returns the method by which a checkpoint was trained, None where it does not say.
+
+        Raises:
+            MisfmError: Another pretraining method than this trainer's.
+        """
+        method = checkpoint.get("misfm_meta", {}).get("method")
+        waiting: list[type[MisfmTrainer]] = [MisfmTrainer]
+        for kind in waiting:  # grows while it is read
+            waiting += kind.__subclasses__()
+        mine = next((k.method.method for k in waiting if k.__name__ == self.pretrain_trainer and k.method), None)
+        if mine and method in known_methods() and method != mine:
+            raise MisfmError(
+                f"expected weights that {mine} pretrained, got those of {method}: take the trainer that fine-tunes "
+                f"from {method}, so that results bear its name."
+            )
+        return method
 
     def _account_of_flag(self) -> dict[str, Any]:
-        """Returns the account of what nnU-Net's own `-pretrained_weights` loaded (all but the heads, or it fails)."""
+        """Returns the account of what nnU-Net's own `-pretrained_weights` loaded (all but the heads, or it fails).
+
+        Of a file that `nnUNetv2_misfm convert --dataset` fitted, the account of that fitting stands here.
+
+        Raises:
+            MisfmError: The file says that another method than this trainer's pretrained it.
+        """
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("-pretrained_weights", nargs="?")
         parser.add_argument("-p", nargs="?")  # nnU-Net's own; else it would pass for an abbreviation
         file = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
         names = self.bare_network.state_dict()
+        try:
+            checkpoint = read_checkpoint(file) if file else {}
+        except MisfmError:  # nnU-Net reads what is refused here, so there is no saying what it is
+            checkpoint = {}
         account = {
             "route": "-pretrained_weights",
             "file": file,
             "sha256": file_sha256(file) if file and Path(file).is_file() else None,
             "tensors_sha256": self._body_sha256(),
+            "method": self._require_method(checkpoint),
             "transfer": "all",
             "moved": [name for name in names if HEAD_MARK not in name],
             "adapted": {},
             "fresh": {name: "output head" for name in names if HEAD_MARK in name},
             "share": 1.0,
+            **checkpoint.get("misfm_meta", {}).get("adapted_to", {}).get("transfer", {}),
         }
         self.print_to_log_file(
             f"Pretrained weights: {file or 'a file given to nnU-Net'}, by nnU-Net's -pretrained_weights; "

@@ -2,7 +2,7 @@
 
 Chen et al., WACV 2023 (arXiv:2204.11716): 75 % of blocks of 16^3 voxels are masked, and the error counts on them
 alone. It is squared here, as in He et al. (CVPR 2022, arXiv:2111.06377); theirs is `loss: l1`. Blanked means 0, the
-mean of normalised intensities, and the network is the ordinary dense one, encoder and decoder.
+mean under nnU-Net's z-score and CT normalisation, and the network is the ordinary dense one, encoder and decoder.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ from nnunetv2_misfm.trainers.reconstruction import ReconstructionRecipe, Reconst
 
 @dataclass(frozen=True)
 class ModelsGenesisRecipe(ReconstructionRecipe):
-    """Numbers of Models Genesis, each a probability or a share (0..1). The first four are published.
+    """Numbers of Models Genesis, each a probability or a share (0..1); the first four are published.
 
     Attributes:
         shuffling: How often voxels are shuffled locally. Theirs: 0.5.
@@ -30,7 +30,7 @@ class ModelsGenesisRecipe(ReconstructionRecipe):
         painting: How often there is in- or out-painting. Theirs: 0.9.
         inpainting: How often the painting is an in-painting; else it is an out-painting. Theirs: 0.2.
         shuffled_blocks: Share of the blocks that a shuffling permutes. Their 10,000 boxes change 79 % of the voxels of
-            their 64 x 64 x 32 cubes; so do 81 % of these blocks.
+            their 64 x 64 x 32 cubes; so do 81 % of these blocks, and at other sizes up to a tenth more or less.
     """
 
     method: ClassVar[str] = "models_genesis"

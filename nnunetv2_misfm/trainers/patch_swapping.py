@@ -32,7 +32,7 @@ class PatchSwappingRecipe(ReconstructionRecipe):
 
     def __post_init__(self) -> None:
         fewest, most = self.num_pairs
-        require(0 <= fewest <= most, f"{self.method}.num_pairs", "two ordered numbers of at least 0", self.num_pairs)
+        require(0 <= fewest <= most > 0, f"{self.method}.num_pairs", "two ordered counts, not both 0", self.num_pairs)
         require(0 < self.block_share <= 0.5, f"{self.method}.block_share", "above 0 and at most 0.5", self.block_share)
 
 

@@ -2,6 +2,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import re
 
 import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -35,6 +36,14 @@ def test_nnunets_own_search_finds_the_installed_classes(monkeypatch: pytest.Monk
 
 def test_the_folder_holds_one_module_and_nothing_that_shadows() -> None:
     assert [module.name for module in pkgutil.iter_modules([str(discovery_folder())])] == ["nnunetv2_misfm_trainers"]
+
+
+@pytest.mark.parametrize("method", ["masked_image_modelling", "models_genesis", "patch_swapping"])
+def test_a_rival_is_one_file_of_under_a_hundred_lines_that_knows_no_other_method(method: str) -> None:
+    source = inspect.getsource(importlib.import_module(f"nnunetv2_misfm.trainers.{method}"))
+    assert len(source.splitlines()) < 100
+    imported = set(re.findall(r"from nnunetv2_misfm\.trainers\.?(\w*) import", source))
+    assert imported <= {"corruptions", "finetune", "pct_net", "recipe", "reconstruction"}
 
 
 def test_every_trainer_has_nnunets_signatures() -> None:

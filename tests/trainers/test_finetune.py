@@ -10,6 +10,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from toy import toy_architecture, toy_dataset_json, toy_plans
 
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers.masked_image_modelling import nnUNetTrainerMIM
 from nnunetv2_misfm.trainers.volume_fusion import (
     nnUNetTrainerPCTNetVF,
     nnUNetTrainerPCTNetVFPretrain,
@@ -56,6 +57,7 @@ def test_finished_pretraining_on_the_same_dataset_is_found(workspace: Workspace,
     found = account(trainer)
     assert found["route"] == f"a finished run of {pretrain.__name__} on this dataset"
     assert (found["file"], found["sha256"], found["share"]) == (str(file), file_sha256(file), 1.0)
+    assert found["method"] == "volume_fusion"
     names = {name for name, _ in trainer.network.named_parameters()}
     assert set(found["fresh"]) == {name for name in names if ".seg_layers." in name}
     assert names <= {*found["moved"], *found["fresh"]} and not found["adapted"]
@@ -237,6 +239,47 @@ def test_checkpoints_that_do_not_fit_are_refused_with_a_sentence(workspace: Work
         with pytest.raises(MisfmError, match=sentence):
             trainer.run_training()
         assert trainer.current_epoch == 0 and not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+@pytest.mark.parametrize("route", ["variable", "flag"])
+def test_weights_of_another_method_are_refused(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    file = pretrained(workspace, nnUNetTrainerVFPretrain)
+    trainer = workspace.trainer(nnUNetTrainerMIM)
+    if route == "variable":
+        monkeypatch.setenv("nnUNet_misfm_weights", str(file))
+    else:
+        trainer.initialize()
+        load_pretrained_weights(trainer.network, str(file))
+        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    sentence = (
+        "expected weights that masked_image_modelling pretrained, got those of volume_fusion: take the trainer that "
+        "fine-tunes from volume_fusion"
+    )
+    with pytest.raises(MisfmError, match=sentence):
+        trainer.on_train_start()
+    assert not list(Path(trainer.output_folder).glob("pretrained_weights.json"))
+
+
+def test_account_of_a_fitted_file_is_that_of_the_fitting(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pretrained(workspace, nnUNetTrainerVFPretrain)
+    checkpoint = torch.load(file, weights_only=True)
+    fitting = {
+        "transfer": "encoder",
+        "moved": ["encoder.a"],
+        "adapted": {},
+        "fresh": {"decoder.b": "why"},
+        "share": 0.6,
+    }
+    checkpoint["misfm_meta"]["adapted_to"] = {"transfer": fitting}
+    torch.save(checkpoint, file)
+    trainer = workspace.trainer(nnUNetTrainerVF)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(file))
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    trainer.on_train_start()
+    assert {key: account(trainer)[key] for key in fitting} == fitting
 
 
 def test_2d_is_refused(workspace: Workspace) -> None:

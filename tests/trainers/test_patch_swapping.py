@@ -114,11 +114,16 @@ def test_where_there_is_no_room_fewer_pairs_are_swapped() -> None:
     assert sorted(torch.cat([first, second]).flatten().tolist()) == list(range(24))
 
 
-@pytest.mark.parametrize(("shape", "pairs"), [((1, 1, 1), (20, 40)), ((8, 8, 8), (0, 0))])
-def test_without_a_pair_the_input_is_the_volume(shape: tuple, pairs: tuple) -> None:
-    volumes = numbered(shape, 2)
-    task_input, target = make_task(volumes, PatchSwappingRecipe(num_pairs=pairs), seeded())
+def test_without_room_for_a_pair_the_input_is_the_volume() -> None:
+    volumes = numbered((1, 1, 1), 2)
+    task_input, target = make_task(volumes, PatchSwappingRecipe(), seeded())
     assert torch.equal(task_input, volumes) and torch.equal(target, volumes)
+
+
+def test_no_pair_is_drawn_where_the_recipe_allows_none() -> None:
+    volume, recipe = numbered((8, 8, 8), 1), PatchSwappingRecipe(num_pairs=(0, 1))
+    moved = {int((make_task(volume, recipe, seeded(i))[0] != volume).sum()) for i in range(20)}
+    assert moved == {0, 4}  # none, or a pair of blocks of one voxel, in both channels
 
 
 def test_blocks_reach_every_position_up_to_the_far_border() -> None:
@@ -156,8 +161,9 @@ def test_defaults_are_the_authors() -> None:
 @pytest.mark.parametrize(
     ("block", "sentence"),
     [
-        ({"num_pairs": [9, 1]}, r"patch_swapping.num_pairs must be two ordered numbers of at least 0, got \(9, 1\)"),
-        ({"num_pairs": [-1, 1]}, r"patch_swapping.num_pairs must be two ordered numbers of at least 0, got \(-1, 1\)"),
+        ({"num_pairs": [9, 1]}, r"patch_swapping.num_pairs must be two ordered counts, not both 0, got \(9, 1\)"),
+        ({"num_pairs": [-1, 1]}, r"patch_swapping.num_pairs must be two ordered counts, not both 0, got \(-1, 1\)"),
+        ({"num_pairs": [0, 0]}, r"patch_swapping.num_pairs must be two ordered counts, not both 0, got \(0, 0\)"),
         ({"num_pairs": 20}, r"patch_swapping.num_pairs must be a list of 2 int values, got 20"),
         ({"block_share": 0}, r"patch_swapping.block_share must be above 0 and at most 0.5, got 0.0"),
         ({"block_share": 0.6}, r"patch_swapping.block_share must be above 0 and at most 0.5, got 0.6"),

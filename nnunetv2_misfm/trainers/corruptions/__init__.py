@@ -1,1 +1,1 @@
-"""What Models Genesis does to a volume, one file per corruption: pure functions of a volume on its device."""
+"""The pure functions of which Models Genesis is made: one file per corruption, and the range that they work in."""

@@ -13,12 +13,15 @@ NUM_VOXELS = 2**14
 def percentiles(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the 0.5 % and 99.5 % percentiles of each channel of a volume [C, D, H, W], float [C, 1, 1, 1] each.
 
-    They are estimated from every n-th voxel of the flattened channel.
+    They are estimated from every n-th voxel of the flattened channel. A channel in which both are the same, nearly all
+    air, has its least and largest value instead.
     """
     flat = volume.flatten(1)
     step = max(1, flat.shape[1] // NUM_VOXELS)
     while math.gcd(step, flat.shape[1]) > 1:  # so as not to fall into step with the rows
         step += 1
     ends = torch.quantile(flat[:, ::step].float(), flat.new_tensor([LOWER, UPPER], dtype=torch.float32), dim=1)
-    low, high = ends.to(volume.dtype)[:, :, None, None, None]
-    return low, high
+    low, high = ends.to(volume.dtype)
+    sparse = high <= low
+    low, high = torch.where(sparse, flat.amin(1), low), torch.where(sparse, flat.amax(1), high)
+    return low[:, None, None, None], high[:, None, None, None]

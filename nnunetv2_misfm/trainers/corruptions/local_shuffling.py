@@ -1,8 +1,8 @@
 """Local shuffling: the voxels of small blocks change places within their block (Models Genesis, section 3.2).
 
 The published procedure permutes 10,000 boxes one after the other, each read from the original volume. Here the blocks
-tile the volume, with edges of the same distribution, and a share of them is permuted: as many voxels move, every
-block keeps its histogram exactly, and all blocks are moved at once.
+tile the volume, with edges of the same distribution, and a share of them is permuted: every block keeps its histogram
+exactly, and all blocks are moved at once. Axes below 20 voxels are not shuffled along, as published.
 """
 
 import math
@@ -11,8 +11,9 @@ import torch
 
 # Largest edge of a block: a tenth of the axis, at least one voxel (Models Genesis' published configuration)
 EDGES_PER_AXIS = 10
-# Permutations drawn per number of voxels in a block; blocks of that number pick one of them (ours)
-NUM_PERMUTATIONS = 2
+# Permutations drawn per number of voxels in a block, of which blocks of that number pick one: many for small blocks,
+# which are the most and of which the identity takes its share (ours)
+NUM_PERMUTATIONS, NUM_OF_SMALL, SMALL = 2, 16, 64
 # Up to here float32 tells all multiples of 0.5 apart
 LARGEST_FLOAT32 = 2**23
 
@@ -55,9 +56,9 @@ def draw_source(
     edges = [draw_edges(size, generator) for size in shape]
     numbers = edges[0][:, None, None] * edges[1][:, None] * edges[2]  # voxels of each block
     permutations, starts = _draw_permutations(numbers, generator)
-    variants = torch.randint(NUM_PERMUTATIONS, numbers.shape, generator=generator)
-    chosen = torch.rand(numbers.shape, generator=generator) < share
-    starts = torch.where(chosen, starts[numbers] + variants * numbers, 0)  # 0: the identity
+    drawn, picked = torch.rand((2, *numbers.shape), generator=generator, dtype=torch.float64)
+    variants = (picked * torch.where(numbers <= SMALL, NUM_OF_SMALL, NUM_PERMUTATIONS)).long()
+    starts = torch.where(drawn < share, starts[numbers] + variants * numbers, 0)  # 0: the identity
     dtype = torch.float32 if math.prod(shape) <= LARGEST_FLOAT32 else torch.float64
     (first_z, _, block_z), (first_y, edge_y, block_y), (first_x, edge_x, block_x) = (
         tuple(values.to(device) for values in _per_voxel(e, dtype)) for e in edges
@@ -93,6 +94,7 @@ def _draw_permutations(numbers: torch.Tensor, generator: torch.Generator | None)
     parts, starts, end = [torch.arange(largest)], torch.zeros(largest + 1, dtype=torch.int64), largest
     for number in numbers.unique().tolist():
         starts[number] = end
-        parts += [torch.randperm(number, generator=generator) for _ in range(NUM_PERMUTATIONS)]
-        end += NUM_PERMUTATIONS * number
+        variants = NUM_OF_SMALL if number <= SMALL else NUM_PERMUTATIONS
+        parts += [torch.randperm(number, generator=generator) for _ in range(variants)]
+        end += variants * number
     return torch.cat(parts), starts

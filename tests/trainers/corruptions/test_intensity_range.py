@@ -62,6 +62,15 @@ def test_range_has_the_precision_of_the_volume(dtype: torch.dtype) -> None:
     assert np.allclose(flat(ends), by_numpy(volume), rtol=max(1e-5, torch.finfo(dtype).eps))
 
 
+def test_channel_of_nearly_only_air_has_its_extremes() -> None:
+    volume = torch.zeros(2, 20, 20, 20)
+    volume[1, 3, 4, 5:10], volume[1, 0, 0, 0] = 2.0, -1.0  # 6 of 8000 voxels
+    volume[0] = torch.arange(8000.0).reshape(20, 20, 20)
+    low, high = flat(percentiles(volume))
+    assert (low[1], high[1]) == (-1, 2)
+    assert np.allclose([low[0], high[0]], np.percentile(np.arange(8000), [0.5, 99.5]))
+
+
 def test_constant_volume_has_an_empty_range() -> None:
     low, high = percentiles(torch.full((1, 4, 4, 4), 7.0))
     assert float(low) == float(high) == 7.0

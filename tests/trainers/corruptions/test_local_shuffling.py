@@ -168,6 +168,14 @@ def test_as_many_voxels_change_as_in_the_published_procedure() -> None:
     assert abs(of_ours - of_theirs) < 0.02
 
 
+@pytest.mark.parametrize(("shape", "of_theirs"), [((64, 128, 128), 0.72), ((24, 32, 24), 0.70)])
+def test_at_other_sizes_as_many_change_to_a_tenth(shape: tuple[int, ...], of_theirs: float) -> None:
+    volume = torch.rand(1, *shape, generator=seeded())  # `of_theirs` by `shuffled_as_published`
+    share = ModelsGenesisRecipe().shuffled_blocks
+    of_ours = np.mean([(shuffle_locally(volume, share, seeded(i)) != volume).double().mean() for i in range(10)])
+    assert abs(of_ours - of_theirs) < 0.1
+
+
 @pytest.mark.parametrize("shape", [(20, 30, 40), *THIN])
 def test_same_seed_same_places_other_seed_others(shape: tuple[int, ...]) -> None:
     first, again, other = (draw_source(shape, 1.0, seeded(seed)) for seed in (5, 5, 6))
