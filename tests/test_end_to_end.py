@@ -27,10 +27,12 @@ from nnunetv2_misfm.weights.checkpoint import file_sha256
 
 pytestmark = pytest.mark.slow
 
+RIVALS = ("MIM", "ModelsGenesis", "PatchSwapping")
+RIVAL, RIVAL_PRETRAIN = "nnUNetTrainerMIM", "nnUNetTrainerMIMPretrain"  # by nnU-Net's command, the others in-process
 # Fine-tuning -> its pretraining; both run
 OTHER_PAIRS = {
-    "nnUNetTrainerVF": "nnUNetTrainerVFPretrain",
-    "nnUNetTrainerFMUNetVF": "nnUNetTrainerFMUNetVFPretrain",
+    f"nnUNetTrainer{name}": f"nnUNetTrainer{name}Pretrain"
+    for name in ("VF", "FMUNetVF", *RIVALS, *(f"PCTNet{rival}" for rival in RIVALS))
 }
 OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerFMUNet", "nnUNetTrainerBaseline", *OTHER_PAIRS)
 COMPARATORS = ("nnUNetTrainerSwinUNETR", "nnUNetTrainerUNETR")  # large; trained in trainers/test_monai_networks.py
@@ -101,6 +103,12 @@ def readme_chain(world: World) -> None:
     world.train("validate", PCT_VF, "--val", **here, nnUNet_misfm_weights="nowhere.pth")
 
 
+def rival_chain(world: World) -> None:
+    """Pretrains and fine-tunes the plans' network by a rival."""
+    world.train("pretrain by a rival", RIVAL_PRETRAIN)
+    world.train("fine-tune a rival", RIVAL)
+
+
 def start_workers(world: World, method: str) -> None:
     """Pretrains and fine-tunes with two data workers."""
     script = world.root / f"train_by_{method}.py"
@@ -122,6 +130,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> World:
     job = functools.partial(functools.partial, world.train)
     parallel(
         functools.partial(readme_chain, world),
+        functools.partial(rival_chain, world),
         *(functools.partial(start_workers, world, method) for method in START_METHODS),
         job("finished run", PCT_VF),
         job("variable", PCT_VF, nnUNet_misfm_weights=world.weights, nnUNet_results=world.root / "variable"),
@@ -188,7 +197,7 @@ def probabilities(folder: Path) -> np.ndarray:
     "step",
     ["plan 900", "plan 901", "configure 900", "configure 901", "pretrain 900", "pretrain 901", "fine-tune", "predict",
      "predict from folder", "export", "install", "predict elsewhere", "validate", "finished run", "variable",
-     *START_METHODS],
+     "pretrain by a rival", "fine-tune a rival", *START_METHODS],
 )  # fmt: skip
 def test_command_succeeds(done: World, step: str) -> None:
     assert done.finished[step].returncode == 0, done.finished[step].stdout[-2000:] + done.finished[step].stderr[-4000:]
@@ -235,6 +244,17 @@ def test_run_says_which_weights_it_took_and_why(done: World, results: str, route
     assert {*account["moved"], *heads} == set(network)
     (line,) = (line for line in log_of(folder).splitlines() if "Pretrained weights:" in line)
     assert str(file) in line and f"by {route}" in line.replace("by nnU-Net's -pre", "by -pre")
+
+
+def test_rival_leaves_what_nnunet_leaves_and_its_fine_tuning_finds_it(done: World) -> None:
+    pretrained, folder = done.fold(RIVAL_PRETRAIN), done.fold(RIVAL)
+    assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png"} <= {p.name for p in pretrained.iterdir()}
+    checkpoint = torch.load(pretrained / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["misfm_meta"]["method"] == "masked_image_modelling"
+    assert checkpoint["logging"]["mean_fg_dice"] == [-loss for loss in checkpoint["logging"]["val_losses"]]
+    account = json.loads((folder / "pretrained_weights.json").read_text())
+    assert account["file"] == str(pretrained / "checkpoint_final.pth") and account["share"] == 1
+    assert account["route"] == f"a finished run of {RIVAL_PRETRAIN} on this dataset"
 
 
 def test_model_predicts_the_same_by_name_from_its_folder_and_installed_elsewhere(done: World) -> None:
@@ -291,15 +311,17 @@ def test_every_other_trainer_that_nnunet_finds_trains(train: Callable[..., Path]
     assert checkpoint["current_epoch"] == 2 and np.isfinite(checkpoint["logging"]["train_losses"]).all()
     account = checkpoint["misfm_meta"]["pretrained_weights"]
     assert account["file"] == str(pretrained) if pretrained else account is None
+    assert (folder / "progress.png").is_file()
 
 
-def test_seed_repeats_a_pretraining_exactly(train: Callable[..., Path]) -> None:
-    losses = []
+@pytest.mark.parametrize("trainer", [PCT_PRETRAIN, *(f"nnUNetTrainerPCTNet{rival}Pretrain" for rival in RIVALS)])
+def test_seed_repeats_a_pretraining_exactly(train: Callable[..., Path], trainer: str) -> None:
+    runs = []
     for _ in range(2):
         torch.seed()  # as in a fresh process
-        folder = train(PCT_PRETRAIN)
-        losses.append(torch.load(folder / "checkpoint_final.pth", weights_only=True)["logging"]["train_losses"])
-    assert losses[0] == losses[1]
+        log = torch.load(train(trainer) / "checkpoint_final.pth", weights_only=True)["logging"]
+        runs.append((log["train_losses"], log["val_losses"]))
+    assert runs[0] == runs[1]
 
 
 def test_continuing_in_an_empty_folder_takes_the_routes(

@@ -21,8 +21,8 @@ from nnunetv2_misfm.trainers.pretext import PretextTrainer
 from nnunetv2_misfm.weights.checkpoint import tensors_sha256
 from nnunetv2_misfm.weights.transfer import HEAD_MARK
 
-# A rank that waits for the other in vain gives up after so long
-TIMEOUT = timedelta(seconds=60)
+# A rank that waits for the other in vain gives up after so long; a busy machine may keep a rank waiting for minutes
+TIMEOUT = timedelta(minutes=5)
 
 
 def is_write(event: str, arguments: tuple) -> bool:
@@ -67,6 +67,13 @@ class Rank:
             trainer.dataloader_train = self.feed(trainer.dataloader_train)
             if "batches" in self.scenario and not isinstance(trainer, PretextTrainer):
                 trainer.dataloader_val = self.feed(trainer.dataloader_val)
+            end_validation = trainer.on_validation_epoch_end
+
+            def on_validation_epoch_end(outputs: list[dict]) -> None:
+                self.account["validation"].append([float(output["loss"]) for output in outputs])
+                end_validation(outputs)
+
+            trainer.on_validation_epoch_end = on_validation_epoch_end
 
         def on_epoch_end(trainer: Any) -> None:
             network = trainer.bare_network
@@ -84,11 +91,12 @@ class Rank:
             phase = "training" if torch.is_grad_enabled() else "validation"
             if "batches" in self.scenario and phase == "training":
                 return batch
+            draws = tensors_sha256({"state": generator.get_state()})
             posed = pose(trainer, batch, generator)
             volumes = {name: batch[name] for name in ("data", "foreground") if name in batch}
             digests = {name: tensors_sha256({"volumes": volume}) for name, volume in volumes.items()}
-            levels = tensors_sha256({"levels": posed["target"][0]})
-            self.account["tasks"].append({**digests, "levels": levels, "case": batch["keys"][0], "phase": phase})
+            digests |= {"draws": draws, "answer": tensors_sha256({"answer": posed["target"][0]})}
+            self.account["tasks"].append({**digests, "case": batch["keys"][0], "phase": phase})
             return posed
 
         nnUNetTrainer.on_train_start, nnUNetTrainer.on_epoch_end = on_train_start, on_epoch_end
@@ -120,7 +128,7 @@ class Rank:
         """Runs a scenario as nnU-Net runs a rank, and writes the account of it."""
         os.environ["nnUNet_results"] = str(folder / scenario["results"])
         os.environ["nnUNet_misfm_weights"] = scenario.get("weights", "")
-        lists = ("written", "epochs", "parameters", "buffers", "tasks", "drawn")
+        lists = ("written", "epochs", "parameters", "buffers", "tasks", "drawn", "validation")
         self.account = {"error": "", **{name: [] for name in lists}}
         self.scenario = scenario
         dataset, configuration, trainer = (scenario[key] for key in ("dataset", "configuration", "trainer"))

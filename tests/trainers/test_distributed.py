@@ -20,6 +20,9 @@ from toy import DATASET, toy_case, toy_dataset_json, toy_plans, write_case, writ
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
+from nnunetv2_misfm.trainers.masked_image_modelling import nnUNetTrainerMIMPretrain
+from nnunetv2_misfm.trainers.patch_swapping import nnUNetTrainerPatchSwappingPretrain
+from nnunetv2_misfm.trainers.reconstruction import ReconstructionTrainer
 from nnunetv2_misfm.trainers.volume_fusion import nnUNetTrainerVFPretrain
 from nnunetv2_misfm.weights.checkpoint import tensors_sha256
 
@@ -31,22 +34,31 @@ SCENARIOS = {
     "pretrain_pct": (PCT_PRETRAIN, "quick"),
     "pretrain_plans": (VF_PRETRAIN, "four"),
     "finetune": (PCT_VF, "quick"),
-    # these three train on given samples
+    "genesis": ("nnUNetTrainerModelsGenesisPretrain", "rivals"),
+    "masking_pct": ("nnUNetTrainerPCTNetMIMPretrain", "rivals"),
+    "masking_pct_finest": ("nnUNetTrainerPCTNetMIMPretrain", "rivals_finest"),  # heads of which nothing is asked
+    # these five train on given samples
     "dice_per_sample": ("nnUNetTrainerBaseline", "single"),
     "dice_of_batch": ("nnUNetTrainerBaseline", "single_batch_dice"),
     "fusion": (VF_PRETRAIN, "single_four"),
+    "swapping": ("nnUNetTrainerPatchSwappingPretrain", "single"),
+    "masking": ("nnUNetTrainerMIMPretrain", "single"),
     "nan": (PCT_VF, "quick"),
     "resume": (PCT_VF, "quick"),  # goes on where `nan` stopped
 }
+RIVALS = ("genesis", "masking_pct", "masking_pct_finest")
 # Epochs that each takes
 LEARNING = {
     "pretrain_pct": [0, 1], "pretrain_plans": [0, 1], "finetune": [0, 1], "resume": [1],
-    "dice_per_sample": [0], "dice_of_batch": [0], "fusion": [0],
+    "dice_per_sample": [0], "dice_of_batch": [0], "fusion": [0], "swapping": [0], "masking": [0],
+    **dict.fromkeys(RIVALS, [0, 1]),
 }  # fmt: skip
 EQUAL_TO_ONE_RANK = {
     "dice_per_sample": nnUNetTrainerBaseline,
     "dice_of_batch": nnUNetTrainerBaseline,
     "fusion": nnUNetTrainerVFPretrain,
+    "swapping": nnUNetTrainerPatchSwappingPretrain,
+    "masking": nnUNetTrainerMIMPretrain,
 }
 NUM_STEPS = 3
 NUM_VALIDATION = 3
@@ -79,12 +91,18 @@ def plans_of_scenarios() -> dict[str, Any]:
     block = {"num_epochs": 2, "num_iterations_per_epoch": 3}
     plans = toy_plans(block, patch_size=[16, 16, 32])
     quick = plans["configurations"]["quick"]
-    one_epoch = {**quick["misfm"], "num_epochs": 1, "num_iterations_per_epoch": NUM_STEPS, "volume_fusion": sgd}
+    by_sgd = dict.fromkeys(("volume_fusion", "patch_swapping", "masked_image_modelling"), sgd)
+    one_epoch = {**quick["misfm"], "num_epochs": 1, "num_iterations_per_epoch": NUM_STEPS, **by_sgd}
+    masking = {"block_size": [4, 4, 4]}
+    rivals = {**quick["misfm"], "num_val_iterations_per_epoch": 2, "masked_image_modelling": masking}
+    finest = {"masked_image_modelling": {**masking, "deep_supervision": False}}
     plans["configurations"] |= {
         "four": {**quick, "batch_size": 4},
         "single": {**quick, "misfm": one_epoch},
         "single_batch_dice": {**quick, "misfm": one_epoch, "batch_dice": True},
         "single_four": {**quick, "misfm": one_epoch, "batch_size": 4},
+        "rivals": {**quick, "misfm": rivals},
+        "rivals_finest": {**quick, "misfm": {**rivals, **finest}},
     }
     return plans
 
@@ -125,6 +143,18 @@ def given_batches(size: int, num_classes: int) -> list[dict[str, Any]]:
     return batches
 
 
+def given_restorations(kind: type[ReconstructionTrainer]) -> list[dict[str, Any]]:
+    """Batches of two restorations of a rival, with targets for the two heads of the toy network."""
+    generator, recipe = torch.Generator().manual_seed(0), kind.method()
+    batches = []
+    for _ in range(NUM_STEPS):
+        volumes = torch.randn(2, GRID[0], *(2 * n for n in GRID[1:]), generator=generator)
+        data, fine = kind.make_task(volumes, recipe, generator)
+        target = [fine, kind.resize_target(fine, list(GRID[1:]))]
+        batches.append({"data": data, "target": target, "keys": ["case_0", "case_1"]})
+    return batches
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Both ranks after all scenarios."""
@@ -143,7 +173,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         }
         if name in EQUAL_TO_ONE_RANK:
             scenario["batches"] = str(root / f"{name}_batches.pt")
-            torch.save(given_batches(*((4, 5) if name == "fusion" else (2, 3))), scenario["batches"])
+            kind = EQUAL_TO_ONE_RANK[name]
+            of_labels = (4, 5) if name == "fusion" else (2, 3)
+            rival = issubclass(kind, ReconstructionTrainer)
+            torch.save(given_restorations(kind) if rival else given_batches(*of_labels), scenario["batches"])
         scenarios.append(scenario)
     by_name = {scenario["name"]: scenario for scenario in scenarios}
     weights = Runs(root, "").fold("pretrain_pct") / "checkpoint_final.pth"
@@ -168,7 +201,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             processes.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
     try:
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=900)
     finally:
         for process in processes:
             process.kill()
@@ -203,12 +236,13 @@ def test_only_the_first_rank_writes(runs: Runs, scenario: str) -> None:
     assert second["written"] == []
 
 
-@pytest.mark.parametrize("scenario", ["pretrain_pct", "pretrain_plans"])
+@pytest.mark.parametrize("scenario", ["pretrain_pct", "pretrain_plans", *RIVALS])
 def test_ranks_pretrain_on_tasks_of_their_own(runs: Runs, scenario: str) -> None:
     tasks = [task for account in runs.accounts(scenario) for task in account["tasks"]]
     training = [task for task in tasks if task["phase"] == "training"]
     assert len(training) == 2 * 2 * 3
-    assert len({task["data"] for task in training}) == len({task["levels"] for task in training}) == len(training)
+    for what in ("data", "draws", "answer"):
+        assert len({task[what] for task in training}) == len(training)
 
 
 def test_batch_of_one_per_rank_is_fused_with_the_case_before(runs: Runs) -> None:
@@ -219,6 +253,17 @@ def test_batch_of_one_per_rank_is_fused_with_the_case_before(runs: Runs) -> None
             assert task["foreground"] == foreground and task["case"] != case
             foreground, case = task["data"], task["case"]
         assert {task["data"] for task in training} < {digest for digest, _ in account["drawn"]}
+
+
+@pytest.mark.parametrize("scenario", RIVALS)
+def test_logged_validation_loss_is_the_mean_over_the_ranks(runs: Runs, scenario: str) -> None:
+    accounts = runs.accounts(scenario)
+    first, second = (account["validation"] for account in accounts)
+    assert [len(epoch) for epoch in first + second] == [2] * 4 and not set(sum(first, [])) & set(sum(second, []))
+    expected = [np.mean([*of_first, *of_second]) for of_first, of_second in zip(first, second, strict=True)]
+    for account in accounts:
+        assert account["logged"]["val_losses"] == pytest.approx(expected)
+        assert account["logged"]["dice_per_class_or_region"] == [[pytest.approx(-loss)] for loss in expected]
 
 
 def test_finetuning_loads_on_both_ranks_and_reports_once(runs: Runs) -> None:
