@@ -38,10 +38,9 @@ class MaskedImageModellingRecipe(ReconstructionRecipe):
 def draw_mask(
     shape: tuple[int, ...], recipe: MaskedImageModellingRecipe, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Returns which voxels are masked, bool [D, H, W] on the CPU: exactly `mask_ratio` of them, to the nearest voxel.
+    """Returns which voxels are masked, bool [D, H, W] on the CPU: `mask_ratio` of them to the nearest voxel.
 
-    Blocks lie side by side from the first corner on and are cut where the volume ends. They are masked in random
-    order, the last one only in part where the share asks for it.
+    Blocks lie side by side, cut where the volume ends; the last one masked is so only in part if the share asks for it.
     """
     edges = [
         torch.tensor([min(edge, size - start) for start in range(0, size, edge)])
@@ -58,8 +57,8 @@ def draw_mask(
     if num_whole < len(order):
         place = torch.unravel_index(order[num_whole], voxels.shape)
         box = tuple(slice(int(i) * edge, int(i + 1) * edge) for i, edge in zip(place, recipe.block_size, strict=True))
-        part = torch.arange(mask[box].numel()) < mask[box].numel() + missing[num_whole]
-        mask[box] = part.reshape(mask[box].shape)
+        whole = mask[box].numel()
+        mask[box] = (torch.arange(whole) < whole + missing[num_whole]).reshape(mask[box].shape)
     return mask
 
 
@@ -70,8 +69,7 @@ def make_task(
 
     The channels of a sample share its mask. The generator is on the CPU: the same masks whatever the volumes' device.
     """
-    shape = tuple(volumes.shape[2:])
-    mask = torch.stack([draw_mask(shape, recipe, generator) for _ in volumes])[:, None].to(volumes.device)
+    mask = torch.stack([draw_mask(volumes.shape[2:], recipe, generator) for _ in volumes])[:, None].to(volumes.device)
     return volumes.masked_fill(mask, 0.0), volumes.masked_fill(~mask, torch.nan)
 
 
@@ -90,10 +88,12 @@ class nnUNetTrainerPCTNetMIMPretrain(nnUNetTrainerMIMPretrain, nnUNetTrainerPCTN
 class nnUNetTrainerMIM(FinetuneTrainer):  # noqa: N801
     """Fine-tunes the network that the plans name from masked image modelling."""
 
-    pretrain_trainer, citations = "nnUNetTrainerMIMPretrain", nnUNetTrainerMIMPretrain.citations
+    pretrain_trainer = "nnUNetTrainerMIMPretrain"
+    citations = nnUNetTrainerMIMPretrain.citations
 
 
 class nnUNetTrainerPCTNetMIM(FinetuneTrainer, nnUNetTrainerPCTNet):  # noqa: N801
     """Fine-tunes PCT-Net from masked image modelling."""
 
-    pretrain_trainer, citations = "nnUNetTrainerPCTNetMIMPretrain", nnUNetTrainerMIMPretrain.citations
+    pretrain_trainer = "nnUNetTrainerPCTNetMIMPretrain"
+    citations = nnUNetTrainerMIMPretrain.citations
