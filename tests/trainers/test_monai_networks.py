@@ -31,7 +31,10 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @BOTH
 @pytest.mark.usefixtures("narrow")
-def test_one_epoch_moves_every_weight_and_the_checkpoint_rebuilds(workspace: Workspace, kind: type) -> None:
+def test_one_epoch_moves_every_weight_and_the_checkpoint_rebuilds(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(discovery_folder()))  # by which nnU-Net's predictor finds the trainer
     trainer = workspace.trainer(kind, patch_size=[12, 16, 14])
     trainer.initialize()
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters() if name.endswith("weight")}
