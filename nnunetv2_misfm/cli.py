@@ -66,18 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite-plans-name", default="nnUNetPCTNetPlans", metavar="NAME", help="default: nnUNetPCTNetPlans"
     )
 
-    command = add("preview", _preview, "Draw what a pretraining method shows the network, as a PNG.")
-    _add_configuration(command)
-    command.add_argument("-o", "--output", type=Path, required=True, help="the PNG file")
-    command.add_argument("-n", "--num-samples", type=int, default=2, help="samples to draw (default: 2)")
-    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
-    command.add_argument(
-        "-tr", "--trainer", default="nnUNetTrainerVFPretrain", metavar="TRAINER",
-        help="the pretraining trainer (default: nnUNetTrainerVFPretrain)",
-    )  # fmt: skip
-    command.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="of this trainer, to draw what the network answers"
-    )
+    _add_preview_command(add)
 
     command = add("convert", _convert, "Make released MIS-FM weights, or any fitted to a dataset, fit for nnU-Net.")
     command.add_argument("file", metavar="FILE", type=Path, help="pctnet_ct10k_volf.pt, fmunet_abk1k_volf.pt, say")
@@ -95,6 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, default=Path("demo_results"))
     command.add_argument("-device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser
+
+
+def _add_preview_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add("preview", _preview, "Draw what a pretraining method shows the network, as a PNG.")
+    _add_configuration(command)
+    command.add_argument("-o", "--output", type=Path, required=True, help="the PNG file")
+    command.add_argument("-n", "--num-samples", type=int, default=2, help="samples to draw (default: 2)")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
+    command.add_argument(
+        "-tr", "--trainer", default="nnUNetTrainerVFPretrain", metavar="TRAINER",
+        help="the pretraining trainer (default: nnUNetTrainerVFPretrain)",
+    )  # fmt: skip
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="of this trainer, to draw what the network answers"
+    )
 
 
 def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -92,8 +92,8 @@ class PretextTrainer(MisfmTrainer):
 
     @classmethod
     def num_outputs(cls, recipe: MethodRecipe, num_input_channels: int) -> int:
-        """Returns the number of output channels that the task needs."""
-        raise NotImplementedError(f"{cls.__name__} must say how many output channels its task needs")
+        """Returns the number of output channels that the task needs: one per class, unless a method says otherwise."""
+        return cls.num_task_classes(recipe)
 
     @classmethod
     def num_task_classes(cls, recipe: MethodRecipe) -> int:

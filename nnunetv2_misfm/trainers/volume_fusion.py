@@ -209,11 +209,6 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         return recipe.num_levels + 1
 
     @classmethod
-    def num_outputs(cls, recipe: VolumeFusionRecipe, num_input_channels: int) -> int:  # type: ignore[override]
-        """Returns K + 1, whatever the channels."""
-        return recipe.num_levels + 1
-
-    @classmethod
     def preview_sources(cls, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the backgrounds, and the foregrounds that `make_task` takes from the batch."""
         return {"background": volumes, "foreground": volumes.roll(1, 0)}
