@@ -5,7 +5,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from matplotlib import style
@@ -21,7 +20,7 @@ from nnunetv2_misfm.preview_figure import Column, Sample, as_viewed, axis_direct
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.pretext import PretextTrainer
 from nnunetv2_misfm.trainers.recipe import MethodRecipe
-from nnunetv2_misfm.trainers.unlabelled_loader import UnlabelledLoader
+from nnunetv2_misfm.trainers.unlabelled_batches import UnlabelledBatches
 from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
 
 
@@ -167,16 +166,8 @@ def _draw_samples(setting: _Setting, num_samples: int, seed: int, network: nn.Mo
     data = infer_dataset_class(str(preprocessed))(str(preprocessed))
     if len(data.identifiers) < 2:
         raise MisfmError(f"expected at least two cases in {preprocessed}, got {len(data.identifiers)}; add scans.")
-    np.random.seed(seed)  # the loader seeds itself from NumPy's global generator
-    loader = UnlabelledLoader(
-        in_body=trainer.labels_are_body_masks(load_json(str(folder / "dataset.json"))),
-        data=data,
-        batch_size=num_samples,
-        patch_size=resolved.patch_size,
-        final_patch_size=resolved.patch_size,
-        label_manager=trainer.task_label_manager(manager, recipe),
-    )
-    batch = loader.generate_train_batch()
+    in_body = trainer.labels_are_body_masks(load_json(str(folder / "dataset.json")))
+    batch = UnlabelledBatches(data, num_samples, resolved.patch_size, resolved.patch_size, in_body, [seed])[0]
     task_input, target = trainer.make_task(batch["data"], recipe, torch.Generator().manual_seed(seed))
     columns = _columns(batch, trainer.preview_sources(batch["data"]), task_input, target, network)
     samples = []

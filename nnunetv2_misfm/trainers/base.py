@@ -2,13 +2,11 @@
 
 Hooks of nnU-Net 2.8 that are overridden, and what each does instead: `__init__` (reads the `misfm` block),
 `initialize` (seeds; wraps for DDP on any device), `build_network_architecture` (a classmethod, so that mixins chain),
-`configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split` (no silent random fold),
-`train_step` / `validation_step` (stop at a loss that is not finite), `save_checkpoint` (atomic, plain data, more
-keys), `load_checkpoint` (falls back from an unreadable file under `--c`) and `perform_actual_validation` (can be left
-out). `on_train_start` and the starts of an epoch only add notes to nnU-Net's.
+`_set_batch_size_and_oversample`, `configure_optimizers` and the two augmentation hooks (follow the recipe), `do_split`
+(no silent random fold), `perform_actual_validation` (can be left out). `on_train_start` and the validation's start and
+end only add to nnU-Net's. What checkpoints, resume and interruptions take is in resumable.py.
 """
 
-import io
 import os
 import random
 from pathlib import Path
@@ -24,7 +22,6 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
@@ -35,13 +32,15 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_misfm.citations import NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import require_supported_nnunet
+from nnunetv2_misfm.trainers.accumulation import accumulated_step
 from nnunetv2_misfm.trainers.halving_lr import HalvingLRScheduler
+from nnunetv2_misfm.trainers.learning_rate import WarmupLRScheduler, scaled_learning_rate
 from nnunetv2_misfm.trainers.metadata import added_keys, data_fingerprint
+from nnunetv2_misfm.trainers.precision import autocast_dtype, use_autocast_dtype
+from nnunetv2_misfm.trainers.progress import Progress
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, read_recipes
-from nnunetv2_misfm.weights.checkpoint import read_checkpoint, write_checkpoint
-
-# nnU-Net's names, in the order in which its own --c looks for them
-CHECKPOINT_NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+from nnunetv2_misfm.trainers.resumable import ResumableTrainer
+from nnunetv2_misfm.trainers.weight_average import WeightAverage
 
 # Set to 1, leaves out the prediction of the validation cases that ends a training (no readers, or other test cases)
 SKIP_VALIDATION_VARIABLE = "nnUNet_misfm_skip_validation"
@@ -51,8 +50,8 @@ SEED_STEP = 10_000
 NUM_DEFAULT_FOLDS = 5
 
 
-class MisfmTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with numbers from the `misfm` block, guarded checkpoints and DDP on any device.
+class MisfmTrainer(ResumableTrainer):
+    """nnU-Net's trainer with numbers from the `misfm` block, checkpoints that lose no work, and DDP on any device.
 
     Attributes:
         recipe_defaults: Common numbers where the block says nothing.
@@ -60,10 +59,8 @@ class MisfmTrainer(nnUNetTrainer):
         citations: Papers to cite, recorded in every checkpoint.
     """
 
-    is_ddp: bool
     output_folder_base: str
     grad_scaler: Any
-    network: Any
     recipe_defaults: ClassVar[Recipe] = Recipe()
     method: ClassVar[type[MethodRecipe] | None] = None
     citations: ClassVar[tuple[str, ...]] = (NNUNET,)
@@ -83,22 +80,22 @@ class MisfmTrainer(nnUNetTrainer):
                     f"expected the environment variable {variable.env_var_name} to name a folder, but it is "
                     "not set: export it (nnU-Net's documentation, setting_up_paths)."
                 )
-        # nnU-Net's constructor pops this key
-        self._may_fall_back = bool(plans.get("continue_training", False))
         self.check_configuration(PlansManager(plans).get_configuration(configuration))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.recipe, self.method_recipe = self.read_recipes(self.configuration_manager)
         if self.is_ddp:  # nnU-Net takes the global rank for the number of the GPU
             launched = {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # by torchrun, not by nnU-Net's -num_gpus
             index = int(os.environ["LOCAL_RANK"]) if launched else self.local_rank
-            use_cuda = "nccl" in dist.get_backend()
+            use_cuda = "nccl" in dist.get_backend() or device.index is not None  # distributed.py names one
             self.device = torch.device("cuda", index) if use_cuda else torch.device("cpu")
-            self.grad_scaler = self.grad_scaler if use_cuda else None
-        self.recipe, self.method_recipe = self.read_recipes(self.configuration_manager)
+        self.autocast_dtype = autocast_dtype(self.recipe.mixed_precision, self.device)
+        if self.autocast_dtype is not torch.float16:  # the only one whose gradients need a scaled loss
+            self.grad_scaler = None
         self.apply_recipe()
+        self.average: WeightAverage | None = None
+        self.progress = Progress()
         self.weights_report: dict[str, Any] | None = None
         self.data_fingerprint: dict[str, Any] | None = None
-        self.was_resumed = False
-        self._step = 0
 
     @classmethod
     def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
@@ -121,6 +118,9 @@ class MisfmTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.recipe.num_val_iterations_per_epoch
         self.initial_lr = self.recipe.initial_lr
         self.weight_decay = self.recipe.weight_decay
+        self.save_every = self.recipe.checkpoint_every_epochs
+        self.checkpoint_every_minutes = self.recipe.checkpoint_every_minutes
+        self.keep_checkpoints = self.recipe.keep_checkpoints
 
     # ------------------------------------------------------------------ network
 
@@ -191,15 +191,34 @@ class MisfmTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Seeds, then lets nnU-Net build network, optimiser and loss; replaces only its wrapping for DDP."""
         self.seed_everything()
-        if not self.is_ddp:
-            super().initialize()
-            return
-        self.is_ddp = False  # nnU-Net's own wrapping supposes CUDA and equates rank and GPU
+        if self.autocast_dtype is not None:
+            use_autocast_dtype(self.autocast_dtype)
+        self._scale_learning_rate()
+        is_ddp, self.is_ddp = self.is_ddp, False  # nnU-Net's own wrapping supposes CUDA and equates rank and GPU
         super().initialize()
-        self.is_ddp = True
-        self._set_batch_size_and_oversample()
-        self.network = self._wrap_for_ddp(self.network)
-        self.loss = self._build_loss()
+        if is_ddp:
+            self.is_ddp = True
+            self._set_batch_size_and_oversample()
+            self.network = self._wrap_for_ddp(self.network)
+            self.loss = self._build_loss()
+
+    def _scale_learning_rate(self) -> None:
+        size, recipe = self.configuration_manager.batch_size, self.recipe
+        num_shares = dist.get_world_size() if self.is_ddp and recipe.batch_per_gpu else 1
+        self.samples_per_step = size * num_shares * recipe.accumulate_steps
+        self.initial_lr = scaled_learning_rate(recipe.initial_lr, recipe.lr_scaling, self.samples_per_step, size)
+        if self.samples_per_step != size:
+            self.print_to_log_file(
+                f"{self.samples_per_step} samples per step for a batch size of {size}; initial learning rate "
+                f"{self.initial_lr:g} (lr_scaling: {recipe.lr_scaling})."
+            )
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """Splits the batch among the ranks as nnU-Net does, unless the recipe gives every rank a whole one."""
+        if self.recipe.batch_per_gpu:
+            self.batch_size = self.configuration_manager.batch_size
+        else:
+            super()._set_batch_size_and_oversample()
 
     def seed_everything(self) -> None:
         """Seeds Python, NumPy and PyTorch where the recipe has a seed: differently per rank and epoch of (re)start."""
@@ -224,6 +243,8 @@ class MisfmTrainer(nnUNetTrainer):
             scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
         if self.recipe.lr_schedule == "halving":
             scheduler = HalvingLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        if self.recipe.warmup_epochs > 0:
+            scheduler = WarmupLRScheduler(scheduler, self.recipe.warmup_epochs)
         return optimizer, scheduler
 
     # ------------------------------------------------------------------ data
@@ -283,8 +304,14 @@ class MisfmTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Starts as nnU-Net does, and notes what the run is made of."""
+        if not self.was_initialized:
+            self.initialize()
         if self.was_resumed:
-            self.seed_everything()  # not the crops of epoch 0 once more
+            self.seed_everything()  # for what the checkpoint does not hold
+        if self.recipe.ema_decay is not None:
+            self.average = WeightAverage(self.bare_network, self.recipe.ema_decay)
+            if self._saved_state and "raw_weights" in self._saved_state:
+                self.average.restore(self._saved_state["raw_weights"], self._saved_state["num_updates"])
         if self.is_ddp:  # nnU-Net lets all ranks write a new splits_final.json at once
             if self.local_rank == 0:
                 self.do_split()
@@ -299,42 +326,54 @@ class MisfmTrainer(nnUNetTrainer):
         self.data_fingerprint = data_fingerprint(self)
         self.print_to_log_file(f"Recipe: {self.recipe}" + (f" {self.method_recipe}" if self.method_recipe else ""))
 
-    def on_train_epoch_start(self) -> None:
-        """Starts an epoch as nnU-Net does and counts its steps from zero."""
-        super().on_train_epoch_start()
-        self._step = 0
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts the validation of an epoch as nnU-Net does and counts its steps from zero."""
-        super().on_validation_epoch_start()
-        self._step = 0
+    def optimisation_step(self, batch: dict) -> dict:
+        """Takes nnU-Net's training step, or one over several batches; the moving average follows."""
+        if self.recipe.accumulate_steps == 1:
+            result = super().optimisation_step(batch)
+        else:
+            more = (next(self.dataloader_train) for _ in range(self.recipe.accumulate_steps - 1))
+            result = accumulated_step(self, batch, (self.prepare_batch(other, training=True) for other in more))
+        if self.average is not None:
+            self.average.update()
+        return result
 
     def train_step(self, batch: dict) -> dict:
-        """Takes nnU-Net's training step and stops the run at a loss that is not finite."""
-        return self._finite(super().train_step(batch), batch, "training")
-
-    def validation_step(self, batch: dict) -> dict:
-        """Takes nnU-Net's validation step and stops the run at a loss that is not finite."""
-        return self._finite(super().validation_step(batch), batch, "validation")
-
-    def _finite(self, result: dict, batch: dict, phase: str) -> dict:
-        """Returns the result of a step with a finite loss; all ranks of a DDP run stop together."""
-        finite = bool(np.isfinite(result["loss"]))
-        everywhere = finite
-        if self.is_ddp:
-            flag = torch.tensor(float(finite), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
-            everywhere = bool(flag)
-        if not everywhere:
-            cases = ", ".join(map(str, batch["keys"]))
-            here = "loss not finite on another rank" if finite else f"loss {result['loss']}"
-            raise MisfmError(
-                f"{phase} stopped in epoch {self.current_epoch}, step {self._step}, rank {self.local_rank}: {here}; "
-                f"cases of the batch: {cases}. The last good checkpoint is kept: look at these cases or lower "
-                "initial_lr, then go on with --c."
-            )
-        self._step += 1
+        """Takes a training step and tells the log now and then how fast the epoch goes."""
+        result = super().train_step(batch)
+        self.progress.note(self)
         return result
+
+    def on_train_epoch_start(self) -> None:
+        """Starts an epoch as nnU-Net does, and its clock."""
+        super().on_train_epoch_start()
+        self.progress.start(self)
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the validation of an epoch as nnU-Net does, with the average of the weights where there is one."""
+        if self.average is not None:
+            self.average.swap()
+        super().on_validation_epoch_start()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Logs the validation; the network trains on with its own weights."""
+        self.log_validation(val_outputs)
+        if self.average is not None:
+            self.average.swap()
+
+    def log_validation(self, val_outputs: list[dict]) -> None:
+        """Logs the results of an epoch's validation steps as nnU-Net does."""
+        super().on_validation_epoch_end(val_outputs)
+
+    def on_epoch_end(self) -> None:
+        """Ends an epoch as nnU-Net does and notes how long its end took."""
+        self.progress.end()
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Ends as nnU-Net does; from here on the network holds the average of the weights where there is one."""
+        if self.average is not None:
+            self.average.swap()
+        super().on_train_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validates as nnU-Net does at the end of a training, unless the variable above asks to leave it out."""
@@ -345,54 +384,17 @@ class MisfmTrainer(nnUNetTrainer):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Writes nnU-Net's checkpoint plus our keys (metadata.py), atomically and as plain data.
+    def added_keys(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of itself (metadata.py)."""
+        return added_keys(self)
 
-        nnU-Net writes to a buffer here, so that whatever keys its version has are kept.
-
-        Raises:
-            MisfmError: The file could not be written; the former one is intact.
-        """
-        if self.local_rank != 0 or self.disable_checkpointing:
-            super().save_checkpoint(filename)  # nnU-Net's own word on it
-            return
-        buffer = io.BytesIO()
-        super().save_checkpoint(buffer)
-        buffer.seek(0)
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # what was just written
-        write_checkpoint({**checkpoint, **added_keys(self)}, filename)
-
-    def load_checkpoint(self, filename: str) -> None:
-        """Resumes from a checkpoint; under `--c` an unreadable one gives way to the newest that can be read.
-
-        Raises:
-            MisfmError: The file cannot be read and no other may stand in.
-        """
-        path = Path(filename)
-        try:
-            checkpoint = read_checkpoint(path)
-        except MisfmError as error:
-            if not self._may_fall_back:
-                raise
-            path, checkpoint = self._newest_readable(path.parent, error)
-            self.print_to_log_file(
-                f"WARNING: {error} Going on from {path} (epoch {checkpoint['current_epoch']}) instead."
-            )
-        super().load_checkpoint(str(path))
+    def read_added_keys(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the account of pretrained weights from a checkpoint that is resumed from."""
         self.weights_report = checkpoint.get("misfm_meta", {}).get("pretrained_weights")
-        self.was_resumed = True
 
-    def _newest_readable(self, folder: Path, error: MisfmError) -> tuple[Path, dict[str, Any]]:
-        readable = []
-        for name in CHECKPOINT_NAMES:
-            try:
-                checkpoint = read_checkpoint(folder / name)
-            except MisfmError:
-                continue
-            if isinstance(checkpoint.get("current_epoch"), int):
-                readable.append((folder / name, checkpoint))
-        if not readable:
-            raise MisfmError(
-                f"{error} No other checkpoint in {folder} can be read either: start anew without --c."
-            ) from error
-        return max(readable, key=lambda entry: entry[1]["current_epoch"])
+    def shared_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Returns the trained weights where a moving average stands for them in the checkpoint."""
+        if self.average is None:
+            return {}
+        checkpoint["network_weights"] = self.average.average()
+        return {"raw_weights": self.average.raw(), "num_updates": self.average.num_updates}

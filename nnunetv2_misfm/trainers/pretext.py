@@ -1,11 +1,11 @@
 """What all pretraining shares: unlabelled crops in, a task made from each batch on the device, no label anywhere.
 
 A method is one file: a `MethodRecipe`, a pure function `make_task` of volumes on their device, and a subclass of
-`PretextTrainer` that names both. Hooks of nnU-Net that are replaced here: `get_dataloaders` (no labels, validation
-with fixed seeds), `train_step` / `validation_step` (pose the task, then nnU-Net's own step),
-`on_validation_epoch_start` (the same validation every epoch), `build_network_architecture` (the task's outputs),
-`perform_actual_validation` (nothing to predict), and in the constructor the batch size and the label manager (the
-task's own classes).
+`PretextTrainer` that names both. Hooks of nnU-Net that are replaced here: `get_dataloaders` (no labels, batches in a
+fixed order, validation with fixed seeds), `on_validation_epoch_start` (the same validation every epoch),
+`build_network_architecture` (the task's outputs), `perform_actual_validation` (nothing to predict), and in the
+constructor the batch size and the label manager (the task's own classes). A step's batch is augmented and made a task
+of on the device, in `prepare_batch`.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.nn.functional import interpolate
 
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers.augmentation.augment import augment
+from nnunetv2_misfm.trainers.augmentation.distribution import flips, nnunet_augmentation
 from nnunetv2_misfm.trainers.base import MisfmTrainer
+from nnunetv2_misfm.trainers.batch_stream import BatchStream
 from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe
-from nnunetv2_misfm.trainers.unlabelled_loader import UnlabelledLoader
+from nnunetv2_misfm.trainers.unlabelled_batches import UnlabelledBatches
 
 # MIS-FM's pretraining (arXiv:2306.16925); a configuration that names its own batch_size wins
 BATCH_SIZE = 4
@@ -46,7 +47,12 @@ class PretextTrainer(MisfmTrainer):
     """
 
     recipe_defaults: ClassVar[Recipe] = Recipe(
-        optimizer="adam", initial_lr=1e-3, weight_decay=1e-5, lr_schedule="halving", augmentation="flips"
+        optimizer="adam",
+        initial_lr=1e-3,
+        weight_decay=1e-5,
+        lr_schedule="halving",
+        augmentation="flips",
+        mixed_precision="auto",
     )
     method_recipe: MethodRecipe
     make_task: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
@@ -64,11 +70,12 @@ class PretextTrainer(MisfmTrainer):
         if not any("batch_size" in entries[name] for name in self.lineage()[:-1]):  # the last one is nnU-Net's plan
             self.configuration_manager.configuration["batch_size"] = BATCH_SIZE  # this run's own resolved copy
         self.label_manager = self.task_label_manager(self.plans_manager, self.method_recipe)
+        self.augmentation = flips(())  # none, until the data are opened
         self.task_generator = torch.Generator()
         self.validation_generator = torch.Generator()
 
     def seed_everything(self) -> None:
-        """Seeds as usual; the task's generator follows PyTorch's seed."""
+        """Seeds as usual; the generator of augmentation and task follows PyTorch's seed."""
         super().seed_everything()
         self.task_generator.manual_seed(torch.initial_seed() % 2**63)
 
@@ -161,11 +168,15 @@ class PretextTrainer(MisfmTrainer):
         Raises:
             MisfmError: Fewer than two cases to train on.
         """
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
+        rotation, in_plane, crop_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         patch_size = self.configuration_manager.patch_size
-        transforms = self.get_training_transforms(patch_size, rotation, None, mirror_axes, dummy_2d)
+        transforms = None
+        if self.recipe.augmentation_on == "workers":
+            transforms = self.get_training_transforms(patch_size, rotation, None, mirror_axes, in_plane)
+        elif self.recipe.augmentation == "nnunet":
+            self.augmentation = nnunet_augmentation(rotation, in_plane, mirror_axes)
+        else:
+            self.augmentation = flips(mirror_axes)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         if len(dataset_tr.identifiers) < MINIMUM_CASES:
             raise MisfmError(
@@ -175,33 +186,31 @@ class PretextTrainer(MisfmTrainer):
         if len(dataset_val.identifiers) < MINIMUM_CASES:
             self.print_to_log_file("Fewer than two validation cases: validating on the training cases.")
             dataset_val = dataset_tr
-        training = self._loader(dataset_tr, initial_patch_size, transforms)
-        validation = self._loader(dataset_val, patch_size, None)
-        num_workers = get_allowed_n_proc_DA()
-        if num_workers == 0:
-            return SingleThreadedAugmenter(training, None), validation
-        seeds = np.random.randint(2**31, size=num_workers).tolist()
-        workers = NonDetMultiThreadedAugmenter(
-            training, None, num_workers, num_cached=max(6, num_workers // 2), seeds=seeds,
-            pin_memory=self.device.type == "cuda", wait_time=0.002,
-        )  # fmt: skip
-        next(workers)  # starts them, as nnU-Net does
-        return workers, validation
+        saved = self.saved_run_state or {"data_seed": np.random.randint(2**31), "position": 0}
+        self.data_seed = saved["data_seed"]
+        training = self._batches(dataset_tr, crop_size, (self.data_seed, self.local_rank), transforms)
+        validation = self._batches(dataset_val, patch_size, (VALIDATION_SEED, self.local_rank), None)
+        num_workers, pin_memory = get_allowed_n_proc_DA(), self.device.type == "cuda"
+        num_for_validation = -(-num_workers // 2)  # nnU-Net's share
+        return (
+            BatchStream(training, num_workers, pin_memory, saved["position"]),
+            BatchStream(validation, num_for_validation, pin_memory),
+        )
 
     @staticmethod
     def labels_are_body_masks(dataset_json: dict[str, Any]) -> bool:
         """Returns whether a dataset declares that its labels mark the body, and were made without annotation."""
         return dataset_json.get("misfm", {}).get("labels") == "body_mask"
 
-    def _loader(self, dataset: Any, initial_patch_size: Any, transforms: Any) -> UnlabelledLoader:
-        return UnlabelledLoader(
-            in_body=self.labels_are_body_masks(self.dataset_json),
-            data=dataset,
-            batch_size=self.batch_size,
-            patch_size=initial_patch_size,
-            final_patch_size=self.configuration_manager.patch_size,
-            label_manager=self.label_manager,
-            transforms=transforms,
+    def _batches(self, dataset: Any, crop_size: Any, seed: tuple[int, int], transforms: Any) -> UnlabelledBatches:
+        return UnlabelledBatches(
+            dataset,
+            self.batch_size,
+            crop_size,
+            self.configuration_manager.patch_size,
+            self.labels_are_body_masks(self.dataset_json),
+            seed,
+            transforms,
         )
 
     # ------------------------------------------------------------------ training
@@ -222,20 +231,50 @@ class PretextTrainer(MisfmTrainer):
         sizes = [[round(n * s) for n, s in zip(target.shape[2:], scale, strict=True)] for scale in scales]
         return [target, *(self.resize_target(target, size) for size in sizes[1:])]
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Takes nnU-Net's training step on the task made from a batch."""
-        return super().train_step(self.pose_task(batch, self.task_generator))
+    def prepare_batch(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        """Returns a batch's task, made on the device; crops for training are augmented there before."""
+        if not training:
+            return self.pose_task(batch, self.validation_generator)
+        if self.recipe.augmentation_on == "device":
+            batch = {name: self._augmented(value) for name, value in batch.items()}
+        return self.pose_task(batch, self.task_generator)
+
+    def _augmented(self, value: Any) -> Any:
+        """Returns volumes [B, C, D', H', W'] as patches on the device; all else of a batch as it is."""
+        if not torch.is_tensor(value):
+            return value
+        volumes = value.to(self.device, non_blocking=True)
+        return augment(volumes, self.configuration_manager.patch_size, self.augmentation, self.task_generator)
 
     def on_validation_epoch_start(self) -> None:
         """Starts every validation with the same crops and tasks."""
         super().on_validation_epoch_start()
-        self.dataloader_val.restart(VALIDATION_SEED + self.local_rank)
+        if self.dataloader_val.position > 0:
+            self.dataloader_val.seek(0)
         self.validation_generator.manual_seed(VALIDATION_SEED + self.local_rank)
 
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Takes nnU-Net's validation step on the task made from a batch."""
-        return super().validation_step(self.pose_task(batch, self.validation_generator))
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Ends a validation; its workers already make the first batches of the next."""
+        super().on_validation_epoch_end(val_outputs)
+        self.dataloader_val.seek(0)
+
+    def end_workers(self) -> None:
+        """Ends the processes that make batches."""
+        for stream in (self.dataloader_train, self.dataloader_val):
+            stream.close()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Says that there is nothing to predict: a pretext network segments nothing."""
         self.print_to_log_file("Pretraining ends without a sliding-window validation: there is nothing to segment.")
+
+    # ------------------------------------------------------------------ resume
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns what this rank needs to go on: also the place in the order of the data, and the task's generator."""
+        place = {"data_seed": self.data_seed, "position": self.dataloader_train.position}
+        return {**super().run_state(), **place, "task_generator": self.task_generator.get_state()}
+
+    def set_run_state(self, state: dict[str, Any]) -> None:
+        """Puts this rank where `run_state` was taken (the data were when they were opened)."""
+        super().set_run_state(state)
+        self.task_generator.set_state(state["task_generator"])

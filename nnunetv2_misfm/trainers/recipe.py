@@ -30,9 +30,24 @@ class Recipe:
         initial_lr: Learning rate of the first epoch.
         weight_decay: L2 coefficient.
         lr_schedule: `poly` is nnU-Net's; `halving` halves the rate after every fifth of the run.
+        lr_scaling: How the rate follows the whole batch (all GPUs and accumulated batches) where that is not the
+            configuration's `batch_size`: `linear` for SGD, `sqrt` for Adam, `none` (learning_rate.py has the sources).
+        warmup_epochs: Epochs in which the rate rises to what the schedule says.
+        batch_per_gpu: Every GPU takes the whole `batch_size`, instead of a share of it (nnU-Net's way).
+        accumulate_steps: Batches whose gradients make one step; an epoch has as many steps as ever.
+        ema_decay: Decay per step of the moving average of the weights, which validation, checkpoints' weights and all
+            that follows then use; None trains without one.
+        mixed_precision: On a GPU. `float16` is nnU-Net's, with a scaled loss; `bfloat16` needs no scaling; `auto` is
+            bfloat16 where the GPU has it.
         augmentation: `nnunet` is nnU-Net's full set; `flips` only crops and mirrors.
-        seed: Seeds Python, NumPy and PyTorch; None leaves them as they are (nnU-Net's way). Runs repeat exactly only
-            with `nnUNet_n_proc_DA=0`, since the order in which data workers deliver is not fixed.
+        augmentation_on: Where pretraining augments: on the `device` in batches, or in the `workers` by nnU-Net's own
+            transforms; the distribution is the same. Fine-tuning always has nnU-Net's own.
+        checkpoint_every_epochs: Epochs between two checkpoints of the newest state.
+        checkpoint_every_minutes: Minutes after which one is written in the middle of an epoch; 0 never.
+        keep_checkpoints: How many of them are kept, the newest included.
+        picture_every_epochs: Epochs between two pictures of what a pretraining network answers; 0 draws none.
+        seed: Seeds Python, NumPy and PyTorch; None leaves them as they are (nnU-Net's way). Trainings with labels
+            repeat exactly only with `nnUNet_n_proc_DA=0`, since the order in which their workers deliver is not fixed.
         features_per_stage: Channels per level of the networks of this package; None is their default. The plans'
             networks take theirs from nnU-Net's own `architecture`.
         num_heads: Attention heads of PCT-Net's levels 2, 3 and 4; None is the released 4, 8, 16 where they divide the
@@ -49,7 +64,18 @@ class Recipe:
     initial_lr: float = 1e-2
     weight_decay: float = 3e-5
     lr_schedule: Literal["poly", "halving"] = "poly"
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    warmup_epochs: int = 0
+    batch_per_gpu: bool = False
+    accumulate_steps: int = 1
+    ema_decay: float | None = None
+    mixed_precision: Literal["float16", "bfloat16", "auto"] = "float16"
     augmentation: Literal["nnunet", "flips"] = "nnunet"
+    augmentation_on: Literal["device", "workers"] = "device"
+    checkpoint_every_epochs: int = 50
+    checkpoint_every_minutes: float = 30
+    keep_checkpoints: int = 2
+    picture_every_epochs: int = 50
     seed: int | None = None
     features_per_stage: tuple[int, ...] | None = None
     num_heads: tuple[int, int, int] | None = None
@@ -58,9 +84,20 @@ class Recipe:
     transfer: Literal["all", "encoder"] = "all"
 
     def __post_init__(self) -> None:
-        for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
+        for key in (
+            "num_epochs",
+            "num_iterations_per_epoch",
+            "num_val_iterations_per_epoch",
+            "initial_lr",
+            "accumulate_steps",
+            "checkpoint_every_epochs",
+            "keep_checkpoints",
+        ):
             require(0 < getattr(self, key) < math.inf, key, "a number above 0", getattr(self, key))
-        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number of at least 0", self.weight_decay)
+        for key in ("weight_decay", "warmup_epochs", "checkpoint_every_minutes", "picture_every_epochs"):
+            require(0 <= getattr(self, key) < math.inf, key, "a number of at least 0", getattr(self, key))
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, "ema_decay", "above 0 and below 1", decay)
         require(self.seed is None or 0 <= self.seed < 2**31, "seed", "from 0 to 2147483647", self.seed)
         heads = self.num_heads
         require(heads is None or min(heads) > 0, "num_heads", "positive numbers", heads)

@@ -1,8 +1,8 @@
 """What the methods share that corrupt a volume and learn to restore it: as many outputs as channels, and the error.
 
-Hooks of nnU-Net that are replaced here, on top of `PretextTrainer`'s: `_build_loss` (the mean error, in nnU-Net's own
-wrapper for deep supervision), `validation_step` and `on_validation_epoch_end` (a reconstruction has no Dice: minus the
-validation loss stands in its place, so that the best checkpoint is the best).
+What is replaced here, on top of `PretextTrainer`'s hooks: `_build_loss` (the mean error, in nnU-Net's own wrapper for
+deep supervision), `evaluation_step` and `log_validation` (a reconstruction has no Dice: minus the validation loss
+stands in its place, so that the best checkpoint is the best).
 """
 
 from dataclasses import dataclass
@@ -88,14 +88,13 @@ class ReconstructionTrainer(PretextTrainer):
             loss.weight_factors = (1.0, *[rest] * (len(loss.weight_factors) - 1))
         return loss
 
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns the loss on a batch's task; the network is in evaluation mode and gradients are off."""
-        posed = self.pose_task(batch, self.validation_generator)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):  # as nnU-Net's steps
-            loss = self.loss(self.network(posed["data"]), posed["target"])
-        return self._finite({"loss": loss.detach().cpu().numpy()}, posed, "validation")
+            loss = self.loss(self.network(batch["data"]), batch["target"])
+        return {"loss": loss.detach().cpu().numpy()}
 
-    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+    def log_validation(self, val_outputs: list[dict[str, Any]]) -> None:
         """Logs the mean validation loss of all ranks, and minus it where nnU-Net's log has a Dice."""
         losses = collate_outputs(val_outputs)["loss"]
         if self.is_ddp:

@@ -221,7 +221,7 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
 
     def other_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns the foreground of a batch of one."""
-        return {"foreground": batch["foreground"]} if "foreground" in batch else {}
+        return {"foreground": batch["foreground"].to(self.device)} if "foreground" in batch else {}
 
     def _build_loss(self) -> nn.Module:
         """Returns nnU-Net's Dice + cross-entropy, the Dice over the whole batch and with class 0 (as PyMIC)."""
@@ -232,22 +232,29 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         return loss
 
     def on_train_start(self) -> None:
-        """Starts with no volume remembered."""
-        super().on_train_start()
+        """Starts with no volume remembered but what a checkpoint holds."""
         self._previous: dict[str, dict[str, Any]] = {}
+        super().on_train_start()
 
     def on_validation_epoch_start(self) -> None:
         """Starts the validation with no volume remembered, so that every epoch's is the same."""
         super().on_validation_epoch_start()
         self._previous.pop("validation", None)
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Takes a training step on fused volumes."""
-        return super().train_step(self._with_foreground(batch, self.dataloader_train, "training"))
+    def prepare_batch(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        """Returns fused volumes and their levels."""
+        loader, phase = (self.dataloader_train, "training") if training else (self.dataloader_val, "validation")
+        return super().prepare_batch(self._with_foreground(batch, loader, phase), training)
 
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Takes a validation step on fused volumes."""
-        return super().validation_step(self._with_foreground(batch, self.dataloader_val, "validation"))
+    def run_state(self) -> dict[str, Any]:
+        """Returns what this rank needs to go on: also the volume that a batch of one is fused with."""
+        return {**super().run_state(), "previous": self._previous.get("training")}
+
+    def set_run_state(self, state: dict[str, Any]) -> None:
+        """Puts this rank where `run_state` was taken."""
+        super().set_run_state(state)
+        if state["previous"] is not None:
+            self._previous["training"] = state["previous"]
 
     def _with_foreground(self, batch: dict[str, Any], loader: Any, phase: str) -> dict[str, Any]:
         """Gives a batch of one the volume of the step before, of another case, as its `foreground`."""
@@ -258,7 +265,7 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
             batch = next(loader)
         self._previous[phase] = batch
         both = [*batch["keys"], *previous["keys"]]  # named if the loss is not finite
-        return {**batch, "foreground": previous["data"].to(self.device, non_blocking=True), "keys": both}
+        return {**batch, "foreground": previous["data"], "keys": both}
 
 
 class nnUNetTrainerPCTNetVFPretrain(nnUNetTrainerVFPretrain, nnUNetTrainerPCTNet):  # noqa: N801

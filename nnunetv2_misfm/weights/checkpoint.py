@@ -3,7 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path, former: Sequence[Path] = ()) -> None:
     """Writes a checkpoint that `torch.load(..., weights_only=True)` can read, atomically.
 
     The data go to a temporary file in the same folder, reach the disk (fsync), are read back, and only then take the
     name `path`; whatever interrupts this leaves the former file as it was.
+
+    Args:
+        checkpoint: Tensors and plain data.
+        path: The file.
+        former: Where to keep the files that stood at `path` before, the newest first, in the same folder.
 
     Raises:
         MisfmError: The file could not be written (a full disk, say) or holds what `read_checkpoint` refuses; the
@@ -64,11 +71,26 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         read_checkpoint(temporary)
+        _keep(path, former)
         os.replace(temporary, path)
     except (OSError, RuntimeError, MisfmError) as error:  # PyTorch's archive reports a failed write as RuntimeError
         raise MisfmError(f"{path} could not be written ({error}); the former checkpoint, if any, is intact.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep(path: Path, former: Sequence[Path]) -> None:
+    """Moves each of the former files one place back, and gives the file at `path` the first place as a second name."""
+    if not former or not path.is_file():
+        return
+    for newer, older in reversed(list(pairwise(former))):
+        if newer.is_file():
+            os.replace(newer, older)
+    former[0].unlink(missing_ok=True)
+    try:
+        os.link(path, former[0])
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, former[0])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

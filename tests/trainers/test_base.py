@@ -42,7 +42,7 @@ def test_checkpoint_is_plain_and_says_what_it_is(workspace: Workspace, name: str
         *("network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch"),
         *("init_args", "trainer_name", "inference_allowed_mirroring_axes"),
     }
-    assert set(checkpoint) == stock | {"misfm_meta", "nnssl_adaptation_plan", "citations"}
+    assert set(checkpoint) == stock | {"misfm_meta", "misfm_state", "nnssl_adaptation_plan", "citations"}
     assert checkpoint["trainer_name"] == "nnUNetTrainerVFPretrain"
     meta = checkpoint["misfm_meta"]
     assert json.loads(json.dumps(meta)) == {**meta, "recipe": json.loads(json.dumps(meta["recipe"]))}

@@ -82,9 +82,7 @@ def test_validation_is_the_same_in_every_epoch(workspace: Workspace, kind: type)
 
     def validation() -> list[dict]:
         trainer.on_validation_epoch_start()
-        loader = trainer.dataloader_val
-        batches = [trainer._with_foreground(next(loader), loader, "validation") for _ in range(2)]
-        return [trainer.pose_task(b, trainer.validation_generator) for b in batches]
+        return [trainer.prepare_batch(next(trainer.dataloader_val), training=False) for _ in range(2)]
 
     first, second = validation(), validation()
     for a, b in zip(first, second, strict=True):
@@ -94,7 +92,8 @@ def test_validation_is_the_same_in_every_epoch(workspace: Workspace, kind: type)
 
 @BOTH
 def test_batch_of_one_is_fused_with_the_case_before(workspace: Workspace, kind: type) -> None:
-    trainer = workspace.trainer(kind, {"num_iterations_per_epoch": 4}, batch_size=1, patch_size=[16, 16, 32])
+    block = {"num_iterations_per_epoch": 4, "augmentation_on": "workers"}  # so that a volume looks the same twice
+    trainer = workspace.trainer(kind, block, batch_size=1, patch_size=[16, 16, 32])
     posed: list[dict] = []
     pose = trainer.pose_task
     trainer.pose_task = lambda batch, generator: (posed.append(batch), pose(batch, generator))[1]
@@ -162,7 +161,7 @@ def test_single_validation_case_gives_way_to_the_training_cases(workspace: Works
     (workspace.base / "splits_final.json").write_text(json.dumps([{"train": names[:5], "val": names[5:]}]))
     trainer = workspace.trainer(nnUNetTrainerVFPretrain)
     trainer.on_train_start()
-    assert trainer.dataloader_val.indices == names[:5]
+    assert trainer.dataloader_val.batches.cases == names[:5]
 
 
 @BOTH
@@ -183,8 +182,12 @@ def test_several_channels_and_residual_networks(make_workspace: Callable[..., Wo
     assert np.isfinite(recorded_losses(trainer)).all()
 
 
-def test_nnunets_augmentation_is_an_option(workspace: Workspace) -> None:
-    trainer = workspace.trainer(nnUNetTrainerVFPretrain, {"augmentation": "nnunet"})
+@pytest.mark.parametrize("place", ["device", "workers"])
+def test_nnunets_augmentation_is_an_option(workspace: Workspace, place: str) -> None:
+    trainer = workspace.trainer(nnUNetTrainerVFPretrain, {"augmentation": "nnunet", "augmentation_on": place})
     assert np.isfinite(recorded_losses(trainer)).all()
-    assert "GammaTransform" in str(trainer.dataloader_train.data_loader.transforms)
-    assert max(trainer.dataloader_train.data_loader.patch_size) > 16  # the margin that rotation needs
+    batches = trainer.dataloader_train.batches
+    assert ("GammaTransform" in str(batches.transforms)) == (place == "workers")
+    assert max(batches.crop_size) > 16  # the margin that rotation needs
+    margin = 0 if place == "workers" else max(batches.crop_size) - 16
+    assert max(batches[0]["data"].shape[2:]) == 16 + margin

@@ -71,7 +71,8 @@ def test_continued_run_goes_on_at_its_epoch_and_only_a_lower_loss_replaces_the_b
         patch.setattr(nnUNetTrainer, "on_train_epoch_start", interrupt)
         train(kind)
     folder = workspace.results / f"{kind.__name__}__nnUNetPlans__quick" / "fold_0"
-    assert {"checkpoint_latest.pth", "checkpoint_best.pth"} == {path.name for path in folder.glob("*.pth")}
+    names = {"checkpoint_latest.pth", "checkpoint_earlier_1.pth", "checkpoint_best.pth"}
+    assert names == {path.name for path in folder.glob("*.pth")}
     for log in folder.glob("training_log*"):
         log.unlink()
     train(kind, continue_training=True)
