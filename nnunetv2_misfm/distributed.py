@@ -1,4 +1,4 @@
-"""`torchrun ... -m nnunetv2_misfm.distributed DATASET CONFIGURATION FOLD -tr TRAINER`: training on one or many machines.
+"""`torchrun ... -m nnunetv2_misfm.distributed DATASET CONFIGURATION FOLD -tr TRAINER`: training on many machines, or one.
 
 What `nnUNetv2_train -num_gpus N` does on one machine, on whatever processes torchrun starts: each takes the device that
 its LOCAL_RANK names, in a process group of any backend. After a restart by torchrun the training goes on from its last
@@ -8,6 +8,7 @@ among all processes for the number of a GPU.
 
 import argparse
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from typing import Any
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from torch import distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.scripts import search_path
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.resumable import BEST
-from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
-from nnunetv2_misfm.weights.transfer import transfer_weights
+from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint, tensors_sha256
+from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
 
 # What torchrun tells every process
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# How often torchrun has started these processes anew
-RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+# How often this machine's torchrun has started its processes anew, and how often it may
+RESTARTS_VARIABLE, MAX_RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+# Exit status after an error of the user, as that of nnUNetv2_misfm
+USER_ERROR = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun ... -m nnunetv2_misfm.distributed", description=__doc__)
     parser.add_argument("dataset", help="number or name of the dataset")
     parser.add_argument("configuration", help="configuration of its plans")
-    parser.add_argument("fold", help="fold of the cross-validation, or all")
+    parser.add_argument("fold", type=fold, help="fold of the cross-validation, or all")
     parser.add_argument("-tr", required=True, metavar="TRAINER", help="a trainer of this package")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="name of the plans file")
     parser.add_argument("-pretrained_weights", metavar="FILE", help="checkpoint to start from")
@@ -51,21 +54,51 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def fold(text: str) -> int | str:
+    """Returns a fold as nnU-Net takes it: a number, or `all`."""
+    return text if text == "all" else int(text)
+
+
 @record
 def main(arguments: list[str] | None = None) -> None:
     """Trains and validates as one of torchrun's processes.
 
     Raises:
-        MisfmError: Not started by torchrun, no GPU for this process, or no trainer of this package.
-        SystemExit: With `interruption.EXIT_CODE` after a signal, when the checkpoint is written.
+        SystemExit: With `USER_ERROR` after an error that is said in a sentence; with `interruption.EXIT_CODE` after a
+            signal, when the checkpoint is written.
     """
     asked = build_parser().parse_args(arguments)
+    try:
+        train(asked)
+    except (MisfmError, NotImplementedError) as error:
+        sentence = str(error)
+    else:
+        return
+    print(f"nnunetv2_misfm.distributed, rank {os.environ.get('RANK', 0)}: {sentence}", file=sys.stderr)
+    _tell_torchrun(sentence)
+    raise SystemExit(USER_ERROR)
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Puts a sentence into torchrun's report, where the traceback of its error would take pages."""
+    try:
+        raise MisfmError(sentence)
+    except MisfmError as error:
+        get_error_handler().record_exception(error)
+
+
+def train(asked: argparse.Namespace) -> None:
+    """Joins torchrun's process group, trains and validates.
+
+    Raises:
+        MisfmError: Not started by torchrun, no GPU for this process, or what `run` raises.
+    """
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise MisfmError(
             f"expected the variables that torchrun sets, got no {', '.join(missing)}: start with torchrun "
             "--nproc-per-node GPUS -m nnunetv2_misfm.distributed ..."
         )
-    if (asked.c and asked.val) or (asked.c and asked.pretrained_weights):
+    if asked.c and (asked.val or asked.pretrained_weights):
         raise MisfmError("expected --c alone, got it with --val or -pretrained_weights; leave one of them out.")
     device = find_device(asked.device)
     os.environ[SEARCH_PATH_VARIABLE] = search_path()
@@ -75,8 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=asked.timeout))
     try:
         run(asked, device)
-    finally:
+    except SystemExit:  # on all ranks; after an error on one, leaving the group could wait for those that wait for it
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def find_device(kind: str) -> torch.device:
@@ -103,12 +138,12 @@ def run(asked: argparse.Namespace, device: torch.device) -> None:
     """Trains and validates in a process group.
 
     Raises:
-        MisfmError: The trainer is not one of this package.
+        MisfmError: The trainer is not one of this package, the ranks do not start at the same place, a new training
+            that may be restarted finds checkpoints of another, or weights that do not fit.
     """
-    restarted = int(os.environ.get(RESTARTS_VARIABLE, "0")) > 0 and not asked.val
-    fold = asked.fold if asked.fold == "all" else int(asked.fold)
+    goes_on = asked.c or (not asked.val and was_restarted(device))
     trainer: Any = get_trainer_from_args(
-        asked.dataset, asked.configuration, fold, asked.tr, asked.p, asked.c or restarted, device
+        asked.dataset, asked.configuration, asked.fold, asked.tr, asked.p, goes_on, device
     )
     if not isinstance(trainer, MisfmTrainer):
         raise MisfmError(
@@ -116,11 +151,12 @@ def run(asked: argparse.Namespace, device: torch.device) -> None:
             "use nnUNetv2_train -num_gpus for it."
         )
     trainer.disable_checkpointing = asked.disable_checkpointing
-    has_checkpoint = any(Path(trainer.output_folder).glob("checkpoint_*.pth"))
-    goes_on = asked.c or (restarted and has_checkpoint)
+    if not (goes_on or asked.val):
+        _require_no_checkpoints(Path(trainer.output_folder))
     maybe_load_checkpoint(trainer, goes_on, asked.val)
-    if asked.pretrained_weights and not (goes_on or asked.val):
+    if asked.pretrained_weights and not (trainer.was_resumed or asked.val):
         _load_pretrained(trainer, asked.pretrained_weights)
+    _require_same_start(trainer)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnU-Net
     if not asked.val:
         trainer.run_training()
@@ -129,11 +165,50 @@ def run(asked: argparse.Namespace, device: torch.device) -> None:
     trainer.perform_actual_validation(asked.npz)
 
 
+def was_restarted(device: torch.device) -> bool:
+    """Returns whether torchrun started the processes anew on any machine; those of the others count no restart."""
+    restarted = torch.tensor(int(os.environ.get(RESTARTS_VARIABLE, "0")) > 0, dtype=torch.int32, device=device)
+    dist.all_reduce(restarted, dist.ReduceOp.MAX)
+    return bool(restarted)
+
+
+def _require_no_checkpoints(folder: Path) -> None:
+    found = sorted(path.name for path in folder.glob("checkpoint_*.pth"))
+    if found and int(os.environ.get(MAX_RESTARTS_VARIABLE, "0")) > 0:
+        raise MisfmError(
+            f"expected no checkpoint in {folder} before a new training that torchrun may restart from its last one, "
+            f"got {', '.join(found)}: go on from there with --c, or move them away."
+        )
+
+
 def _load_pretrained(trainer: MisfmTrainer, file: str) -> None:
     """Does what nnU-Net's flag does; its own function would map the file to a GPU by the rank among all processes."""
     trainer.initialize()
     report = transfer_weights(network_weights(read_checkpoint(file), file), trainer.bare_network)
+    misfits = {**report.adapted, **{name: why for name, why in report.fresh.items() if HEAD_MARK not in name}}
+    if misfits:
+        name, why = next(iter(misfits.items()))
+        raise MisfmError(
+            f"-pretrained_weights expected a file that fits the network as it is, but {len(misfits)} tensors of {file} "
+            f"do not (the first is {name}: {why}): fit it with nnUNetv2_misfm convert FILE --dataset ID, or name it in "
+            "misfm.pretrained_weights of the plans."
+        )
     trainer.print_to_log_file(f"Pretrained weights: {file}: {report.summary()}")
+
+
+def _require_same_start(trainer: MisfmTrainer) -> None:
+    """Compares the ranks: machines that do not share their folders would each train a network of their own."""
+    state = trainer.saved_run_state or {"losses": []}
+    place = f"epoch {trainer.current_epoch}, step {len(state['losses'])}" if trainer.was_resumed else "the beginning"
+    if trainer.was_initialized:
+        place += f", weights {tensors_sha256(trainer.bare_network.state_dict())[:8]}"
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    if other := next((rank for rank, there in enumerate(places) if there != places[0]), None):
+        raise MisfmError(
+            f"expected all ranks to start at the same place, got {places[0]} on rank 0 and {places[other]} on rank "
+            f"{other}: let nnUNet_results ({trainer.output_folder} here) be one folder that all machines share."
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from time import perf_counter
 from typing import Any
@@ -48,6 +49,7 @@ class BatchStream:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
             worker_init_fn=_ignore_the_scheduler,
             generator=torch.Generator(),  # PyTorch's own would draw from the global one
         )
@@ -80,9 +82,10 @@ class BatchStream:
 
     def _raise_if_killed(self, error: Exception) -> None:
         workers = getattr(self._iterator, "_workers", [])
-        wait([worker.sentinel for worker in workers], SECONDS_TO_DIE)
+        broken = wait([worker.sentinel for worker in workers], SECONDS_TO_DIE)
         for worker in workers:
-            if not worker.is_alive():
+            if worker.sentinel in broken:
+                worker.join(SECONDS_TO_DIE)
                 raise MisfmError(
                     f"DataLoader worker (pid {worker.pid}) exited unexpectedly, exit code {worker.exitcode} (-9: often "
                     "out of memory; -7: /dev/shm is full); set nnUNet_n_proc_DA to fewer workers, or ask for more "
@@ -107,6 +110,10 @@ class _NumbersFrom(Sampler[int]):
         return itertools.count(self.stream.position)
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 def _ignore_the_scheduler(worker: int) -> None:
     """Lets a data worker outlive the signals that a scheduler sends to all processes of a job.
 
@@ -116,11 +123,13 @@ def _ignore_the_scheduler(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, where no scheduler sends any
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = parent_process()
+    assert parent is not None
 
-    def wait() -> None:
+    def listen() -> None:
         while True:
             received = signal.sigwaitinfo(SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            if received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
                 os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=listen, daemon=True).start()

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.augmentation.augment import augment
+from nnunetv2_misfm.trainers.augmentation.crops import Crops
 from nnunetv2_misfm.trainers.augmentation.distribution import flips, nnunet_augmentation
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.batch_stream import BatchStream
@@ -70,7 +71,6 @@ class PretextTrainer(MisfmTrainer):
         if not any("batch_size" in entries[name] for name in self.lineage()[:-1]):  # the last one is nnU-Net's plan
             self.configuration_manager.configuration["batch_size"] = BATCH_SIZE  # this run's own resolved copy
         self.label_manager = self.task_label_manager(self.plans_manager, self.method_recipe)
-        self.augmentation = flips(())  # none, until the data are opened
         self.task_generator = torch.Generator()
         self.validation_generator = torch.Generator()
 
@@ -170,13 +170,14 @@ class PretextTrainer(MisfmTrainer):
         """
         rotation, in_plane, crop_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         patch_size = self.configuration_manager.patch_size
-        transforms = None
+        augmented: dict[str, Any]
         if self.recipe.augmentation_on == "workers":
             transforms = self.get_training_transforms(patch_size, rotation, None, mirror_axes, in_plane)
+            augmented = {"transforms": transforms}
         elif self.recipe.augmentation == "nnunet":
-            self.augmentation = nnunet_augmentation(rotation, in_plane, mirror_axes)
+            augmented = {"augmentation": nnunet_augmentation(rotation, in_plane, mirror_axes)}
         else:
-            self.augmentation = flips(mirror_axes)
+            augmented = {"augmentation": flips(mirror_axes)}
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         if len(dataset_tr.identifiers) < MINIMUM_CASES:
             raise MisfmError(
@@ -188,8 +189,8 @@ class PretextTrainer(MisfmTrainer):
             dataset_val = dataset_tr
         saved = self.saved_run_state or {"data_seed": np.random.randint(2**31), "position": 0}
         self.data_seed = saved["data_seed"]
-        training = self._batches(dataset_tr, crop_size, (self.data_seed, self.local_rank), transforms)
-        validation = self._batches(dataset_val, patch_size, (VALIDATION_SEED, self.local_rank), None)
+        training = self._batches(dataset_tr, crop_size, (self.data_seed, self.local_rank), **augmented)
+        validation = self._batches(dataset_val, patch_size, (VALIDATION_SEED, self.local_rank))
         num_workers, pin_memory = get_allowed_n_proc_DA(), self.device.type == "cuda"
         num_for_validation = -(-num_workers // 2)  # nnU-Net's share
         return (
@@ -202,7 +203,7 @@ class PretextTrainer(MisfmTrainer):
         """Returns whether a dataset declares that its labels mark the body, and were made without annotation."""
         return dataset_json.get("misfm", {}).get("labels") == "body_mask"
 
-    def _batches(self, dataset: Any, crop_size: Any, seed: tuple[int, int], transforms: Any) -> UnlabelledBatches:
+    def _batches(self, dataset: Any, crop_size: Any, seed: tuple[int, int], **augmented: Any) -> UnlabelledBatches:
         return UnlabelledBatches(
             dataset,
             self.batch_size,
@@ -210,7 +211,7 @@ class PretextTrainer(MisfmTrainer):
             self.configuration_manager.patch_size,
             self.labels_are_body_masks(self.dataset_json),
             seed,
-            transforms,
+            **augmented,
         )
 
     # ------------------------------------------------------------------ training
@@ -233,18 +234,14 @@ class PretextTrainer(MisfmTrainer):
 
     def prepare_batch(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
         """Returns a batch's task, made on the device; crops for training are augmented there before."""
-        if not training:
-            return self.pose_task(batch, self.validation_generator)
-        if self.recipe.augmentation_on == "device":
-            batch = {name: self._augmented(value) for name, value in batch.items()}
-        return self.pose_task(batch, self.task_generator)
+        batch = {name: self._patches(value) if isinstance(value, Crops) else value for name, value in batch.items()}
+        return self.pose_task(batch, self.task_generator if training else self.validation_generator)
 
-    def _augmented(self, value: Any) -> Any:
-        """Returns volumes [B, C, D', H', W'] as patches on the device; all else of a batch as it is."""
-        if not torch.is_tensor(value):
-            return value
-        volumes = value.to(self.device, non_blocking=True)
-        return augment(volumes, self.configuration_manager.patch_size, self.augmentation, self.task_generator)
+    def _patches(self, crops: Crops) -> torch.Tensor:
+        """Returns augmented patches [B, C, D, H, W] on the device."""
+        augmentation = self.dataloader_train.batches.augmentation
+        patch_size = self.configuration_manager.patch_size
+        return augment(crops.to(self.device), patch_size, augmentation, self.task_generator)
 
     def on_validation_epoch_start(self) -> None:
         """Starts every validation with the same crops and tasks."""

@@ -247,14 +247,14 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         return super().prepare_batch(self._with_foreground(batch, loader, phase), training)
 
     def run_state(self) -> dict[str, Any]:
-        """Returns what this rank needs to go on: also the volume that a batch of one is fused with."""
-        return {**super().run_state(), "previous": self._previous.get("training")}
+        """Returns what this rank needs to go on: also the number of the batch that a batch of one is fused with."""
+        return {**super().run_state(), "previous": self._previous.get("training", {}).get("number")}
 
     def set_run_state(self, state: dict[str, Any]) -> None:
         """Puts this rank where `run_state` was taken."""
         super().set_run_state(state)
         if state["previous"] is not None:
-            self._previous["training"] = state["previous"]
+            self._previous["training"] = self.dataloader_train.batches[state["previous"]]
 
     def _with_foreground(self, batch: dict[str, Any], loader: Any, phase: str) -> dict[str, Any]:
         """Gives a batch of one the volume of the step before, of another case, as its `foreground`."""

@@ -1,8 +1,8 @@
 """The augmentation of a batch on its device: nnU-Net's steps, in nnU-Net's order, on the samples drawn for them.
 
-Written with PyTorch's own operations because neither library that was considered fits: kornia's 3D transforms take no
-generator and offer neither this distribution nor low resolution, and MONAI's work sample by sample with NumPy's random
-numbers.
+Written with PyTorch's own operations because neither library that was considered fits: none of kornia's transforms
+takes a generator, and those of intensity in 3D are motion blur and equalisation alone; MONAI's work sample by sample,
+with NumPy's random numbers.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.trainers.augmentation import intensity
+from nnunetv2_misfm.trainers.augmentation.crops import Crops
 from nnunetv2_misfm.trainers.augmentation.distribution import Augmentation
-from nnunetv2_misfm.trainers.augmentation.geometry import draw_poses, place
+from nnunetv2_misfm.trainers.augmentation.geometry import place
 
 
-def augment(
-    volumes: Tensor, patch_size: Sequence[int], augmentation: Augmentation, generator: torch.Generator
-) -> Tensor:
-    """Returns an augmented batch of patches, each from the centre of its volume.
+def augment(crops: Crops, patch_size: Sequence[int], augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Returns an augmented batch of patches, each from the centre of its crop.
 
-    Every number is drawn from the generator, save the voxels' noise, which is drawn on the device from a seed that is.
-    The host never waits for the device.
+    Every number but the poses' is drawn from the generator, save the voxels' noise, which is drawn on the device from a
+    seed that is. The host never waits for the device.
 
     Args:
-        volumes: float32 [B, C, D', H', W'], at least as large as the patch (nnU-Net's initial patch size); unchanged.
+        crops: Volumes at least as large as the patch, on one device, and their poses; unchanged.
         patch_size: D, H, W in voxels.
         augmentation: What to draw from.
         generator: On the CPU.
@@ -33,18 +32,18 @@ def augment(
         float32 [B, C, D, H, W], a new tensor on the volumes' device.
 
     Raises:
-        ValueError: Volumes smaller than the patch.
+        ValueError: A volume smaller than the patch.
     """
-    if any(n < m for n, m in zip(volumes.shape[2:], patch_size, strict=True)):
-        raise ValueError(
-            f"volumes: expected at least the patch size {tuple(patch_size)}, got {tuple(volumes.shape[2:])}."
-        )
-    poses = draw_poses(len(volumes), augmentation, generator)
-    patches = volumes.new_empty(*volumes.shape[:2], *patch_size)
-    for patch, volume, pose in zip(patches, volumes, poses, strict=True):
+    first = crops.volumes[0]
+    patches = first.new_empty(len(crops.volumes), len(first), *patch_size)
+    for patch, volume, pose in zip(patches, crops.volumes, crops.poses, strict=True):
+        if any(n < m for n, m in zip(volume.shape[1:], patch_size, strict=True)):
+            raise ValueError(
+                f"volumes: expected at least the patch size {tuple(patch_size)}, got {tuple(volume.shape[1:])}."
+            )
         patch.copy_(place(volume, patch_size, pose, augmentation.in_plane))
     change_intensities_(patches, augmentation, generator)
-    for patch, pose in zip(patches, poses, strict=True):
+    for patch, pose in zip(patches, crops.poses, strict=True):
         if pose.mirrored:
             patch.copy_(patch.flip([axis + 1 for axis in pose.mirrored]))
     return patches

@@ -1,7 +1,7 @@
 """Rotation, scaling, centre crop and mirroring of volumes, as nnU-Net's SpatialTransform and MirrorTransform do them.
 
 Scaling without rotation is separable: D first, then H and W of all slices at once. It equals sampling a 3D grid but for
-rounding, and a CPU does it five times as fast.
+rounding, and a CPU does it four times as fast.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,11 @@ class Pose:
     angles: tuple[float, float, float] | None
     scale: float | None
     mirrored: tuple[int, ...]
+
+    @property
+    def is_resampled(self) -> bool:
+        """Whether the patch is interpolated, and not only cropped."""
+        return self.angles is not None or self.scale is not None
 
 
 def draw_poses(batch: int, augmentation: Augmentation, generator: torch.Generator) -> list[Pose]:
@@ -71,7 +76,7 @@ def place(volume: Tensor, patch_size: Sequence[int], pose: Pose, in_plane: bool)
     Returns:
         float32 [C, D, H, W], a view of the volume where it is only cropped.
     """
-    if pose.angles is None and pose.scale is None:
+    if not pose.is_resampled:
         return centre_crop(volume, patch_size)
     scale = 1.0 if pose.scale is None else pose.scale
     if pose.angles is not None and not in_plane:

@@ -9,6 +9,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_misfm.trainers.augmentation.augment import augment
+from nnunetv2_misfm.trainers.augmentation.crops import Crops
 from nnunetv2_misfm.trainers.augmentation.distribution import Augmentation, flips, nnunet_augmentation
 from nnunetv2_misfm.trainers.augmentation.geometry import Pose, draw_poses
 from nnunetv2_misfm.trainers.augmentation.intensity import draw_blur, draw_factors, draw_low_resolution, draw_noise
@@ -26,6 +27,12 @@ OFTEN = {
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def augmented(volumes: torch.Tensor, patch_size: Any, ours: Augmentation, generator: torch.Generator) -> torch.Tensor:
+    """Draws the poses of a batch [B, C, D', H', W'] from the same generator, and augments it."""
+    poses = draw_poses(len(volumes), ours, generator)
+    return augment(Crops(list(volumes), poses), patch_size, ours, generator)
 
 
 def a_batch(*shape: int) -> torch.Tensor:
@@ -91,7 +98,7 @@ def test_a_batch_is_what_nnunets_own_pipeline_makes_of_the_same_numbers(in_plane
     ours = replace(nnunet_augmentation(ROTATION, in_plane, (0, 1, 2)), **OFTEN)
     volumes = a_batch(6, 2, *crop)
     before, generator = volumes.clone(), seeded(4)
-    result = augment(volumes, PATCH, ours, generator)
+    result = augmented(volumes, PATCH, ours, generator)
     replayed = seeded(4)
     assert torch.allclose(result, nnunets_way(volumes, ours, replayed), atol=1e-4)
     assert torch.equal(generator.get_state(), replayed.get_state())
@@ -102,12 +109,12 @@ def test_one_generator_state_gives_one_result_bit_for_bit_and_global_states_stay
     ours, volumes = replace(Augmentation(), **OFTEN), a_batch(4, 2, 13, 20, 17)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     generator = seeded(5)
-    first = augment(volumes, PATCH, ours, generator)
+    first = augmented(volumes, PATCH, ours, generator)
     state = generator.get_state()
-    second = augment(volumes, PATCH, ours, generator)
-    assert torch.equal(first, augment(volumes, PATCH, ours, seeded(5)))
+    second = augmented(volumes, PATCH, ours, generator)
+    assert torch.equal(first, augmented(volumes, PATCH, ours, seeded(5)))
     generator.set_state(state)
-    assert torch.equal(second, augment(volumes, PATCH, ours, generator))
+    assert torch.equal(second, augmented(volumes, PATCH, ours, generator))
     assert not torch.equal(first, second)
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1], states[2]) == (np.random.get_state()[1].tolist(), random.getstate())
@@ -116,7 +123,7 @@ def test_one_generator_state_gives_one_result_bit_for_bit_and_global_states_stay
 def test_flips_alone_rearrange_the_voxels_of_the_centre() -> None:
     volumes = torch.arange(16 * 2 * 5 * 4 * 6.0).reshape(16, 2, 5, 4, 6)
     before = volumes.clone()
-    patches = augment(volumes, (3, 4, 4), flips((0, 2)), seeded())
+    patches = augmented(volumes, (3, 4, 4), flips((0, 2)), seeded())
     centre = before[:, :, 1:4, :, 1:5]
     ways = {(), (2,), (4,), (2, 4)}
     found = []
@@ -131,35 +138,44 @@ def test_a_patch_as_large_as_its_volume_is_augmented_and_the_volume_unchanged(ou
     volumes = a_batch(1, 1, 8, 16, 12)
     before = volumes.clone()
     for seed in range(10):
-        patches = augment(volumes, (8, 16, 12), ours, seeded(seed))
+        patches = augmented(volumes, (8, 16, 12), ours, seeded(seed))
         assert (patches.shape, patches.dtype) == (volumes.shape, torch.float32)
         assert patches.isfinite().all()
         assert torch.equal(volumes, before)
 
 
+def test_crops_without_a_margin_give_the_same_patches_where_they_are_only_cropped() -> None:
+    ours, volumes, patch_size = nnunet_augmentation(ROTATION, False, (0, 1, 2)), a_batch(12, 1, 13, 20, 17), (8, 13, 12)
+    poses = draw_poses(len(volumes), ours, seeded())
+    tight = [v if p.is_resampled else v[:, 2:10, 4:17, 2:14] for v, p in zip(volumes, poses, strict=True)]
+    assert 0 < sum(pose.is_resampled for pose in poses) < len(poses)
+    whole = augment(Crops(list(volumes), poses), patch_size, ours, seeded(1))
+    assert torch.equal(augment(Crops(tight, poses), patch_size, ours, seeded(1)), whole)
+
+
 def test_noise_takes_nothing_from_the_generator_but_its_seed() -> None:
     certain = replace(flips(()), p_noise=1.0, noise=(0.1, 0.1))
     generator, silent = seeded(3), seeded(3)
-    noisy = augment(torch.zeros(2, 1, 16, 16, 16), (16, 16, 16), certain, generator)
+    noisy = augmented(torch.zeros(2, 1, 16, 16, 16), (16, 16, 16), certain, generator)
     assert noisy.std().item() == pytest.approx(0.1, rel=0.05)
     assert not torch.equal(noisy[0], noisy[1])
-    augment(torch.zeros(2, 1, 4, 4, 4), (4, 4, 4), flips(()), silent)
+    augmented(torch.zeros(2, 1, 4, 4, 4), (4, 4, 4), flips(()), silent)
     assert torch.equal(generator.get_state(), silent.get_state())
 
 
 def test_a_volume_smaller_than_the_patch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected at least the patch size \(8, 8, 8\), got \(8, 7, 8\)"):
-        augment(torch.zeros(1, 1, 8, 7, 8), (8, 8, 8), flips((0,)), seeded())
+        augmented(torch.zeros(1, 1, 8, 7, 8), (8, 8, 8), flips((0,)), seeded())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_numbers() -> None:
     ours, volumes = replace(Augmentation(), **OFTEN, noise=(0.0, 0.0)), a_batch(6, 2, 13, 20, 17)
-    on_cpu = augment(volumes, PATCH, ours, seeded(4))
+    on_cpu = augmented(volumes, PATCH, ours, seeded(4))
     there = volumes.cuda()
     torch.cuda.set_sync_debug_mode("error")  # waiting for the device would raise
     try:
-        on_gpu = augment(there, PATCH, ours, seeded(4))
+        on_gpu = augmented(there, PATCH, ours, seeded(4))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)
