@@ -1,4 +1,4 @@
-"""`torchrun ... -m nnunetv2_misfm.distributed DATASET CONFIGURATION FOLD -tr TRAINER`: training on many machines, or one.
+"""`torchrun ... -m nnunetv2_misfm.distributed DATASET CONFIGURATION FOLD -tr TRAINER`: training on several machines.
 
 What `nnUNetv2_train -num_gpus N` does on one machine, on whatever processes torchrun starts: each takes the device that
 its LOCAL_RANK names, in a process group of any backend. After a restart by torchrun the training goes on from its last

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from matplotlib import style
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -16,9 +15,10 @@ from torch import nn
 
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.plans_file import find_plans
-from nnunetv2_misfm.preview_figure import Column, Sample, as_viewed, axis_directions, draw, spacing_as_viewed
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
 from nnunetv2_misfm.trainers.pretext import PretextTrainer
+from nnunetv2_misfm.trainers.pretext_figure import Sample
+from nnunetv2_misfm.trainers.pretext_picture import samples_of, write_picture
 from nnunetv2_misfm.trainers.recipe import MethodRecipe
 from nnunetv2_misfm.trainers.unlabelled_batches import UnlabelledBatches
 from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
@@ -92,9 +92,7 @@ def preview(
     output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with style.context("default"):  # nnU-Net's progress plot leaves huge fonts behind in its process
-            name, num_levels = recipe.method.replace("_", " "), method.num_task_classes(recipe) - 1
-            draw(samples, name, method.preview_caption(recipe), num_levels).savefig(output, format="png")
+        write_picture(samples, method, recipe, output)
     except OSError as error:
         raise MisfmError(f"{output} could not be written ({error}): choose another file.") from error
     return output
@@ -168,49 +166,5 @@ def _draw_samples(setting: _Setting, num_samples: int, seed: int, network: nn.Mo
         raise MisfmError(f"expected at least two cases in {preprocessed}, got {len(data.identifiers)}; add scans.")
     in_body = trainer.labels_are_body_masks(load_json(str(folder / "dataset.json")))
     batch = UnlabelledBatches(data, num_samples, resolved.patch_size, resolved.patch_size, in_body, [seed])[0]
-    task_input, target = trainer.make_task(batch["data"], recipe, torch.Generator().manual_seed(seed))
-    columns = _columns(batch, trainer.preview_sources(batch["data"]), task_input, target, network)
-    samples = []
-    for i, name in enumerate(batch["keys"]):
-        axes = axis_directions(data.load_case(name)[3], manager.transpose_forward)
-        viewed = [column._replace(volume=as_viewed(column.volume, axes)) for column in columns[i]]
-        samples.append(Sample(viewed, spacing_as_viewed(resolved.spacing, axes)))
-    return samples
-
-
-def _columns(
-    batch: dict[str, Any],
-    sources: dict[str, torch.Tensor],
-    task_input: torch.Tensor,
-    target: torch.Tensor,
-    network: nn.Module | None,
-) -> list[list[Column]]:
-    """Returns the columns of every sample of a batch, in the orientation of the arrays.
-
-    A target of whole numbers holds the levels of a segmentation task, any other a volume to restore, NaN where nothing
-    is asked; there the restoration is NaN too.
-    """
-    volumes, names = batch["data"], batch["keys"]
-    has_levels = not target.is_floating_point()
-    columns: list[list[Column]] = []
-    for i in range(len(names)):
-        shown = []
-        for what, source in sources.items():
-            case = next((name for name, volume in zip(names, volumes, strict=True) if volume.equal(source[i])), "")
-            title = f"{what} (target)" if source.equal(target) else what
-            shown.append(Column(f"{title}\n{case}", source[i, 0].numpy(), True))
-        shown.append(Column("fused\n(input)" if len(sources) > 1 else "input", task_input[i, 0].numpy()))
-        if has_levels:
-            shown.append(Column("levels\n(label)", target[i, 0].int().numpy()))
-        elif not any(source.equal(target) for source in sources.values()):
-            shown.append(Column("target", target[i, 0].numpy(), True))
-        if network is not None:
-            with torch.no_grad():
-                answer = network(task_input[i : i + 1])[0]
-            if has_levels:
-                shown.append(Column("predicted levels\n(network's answer)", answer.argmax(0).numpy()))
-            else:
-                asked = answer[0].masked_fill(target[i, 0].isnan(), torch.nan)
-                shown.append(Column("restoration\n(network's answer)", asked.numpy()))
-        columns.append(shown)
-    return columns
+    generator = torch.Generator().manual_seed(seed)
+    return samples_of(trainer, recipe, batch, generator, data, manager.transpose_forward, resolved.spacing, network)

@@ -13,11 +13,11 @@ from matplotlib.image import imread
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from toy import toy_case, toy_dataset_json, toy_plans
 
-import nnunetv2_misfm.preview
+import nnunetv2_misfm.trainers.pretext_picture
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.preview import find_pretraining_trainer, preview
-from nnunetv2_misfm.preview_figure import Sample
 from nnunetv2_misfm.trainers.discovery import nnunetv2_misfm_trainers
+from nnunetv2_misfm.trainers.pretext_figure import Sample
 
 PRETRAINING = [name for name in nnunetv2_misfm_trainers.__all__ if name.endswith("Pretrain")]
 
@@ -31,7 +31,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
         samples.extend(given)
         return Figure()
 
-    monkeypatch.setattr(nnunetv2_misfm.preview, "draw", keep)
+    monkeypatch.setattr(nnunetv2_misfm.trainers.pretext_picture, "draw", keep)
     return samples
 
 

@@ -9,6 +9,8 @@ of on the device, in `prepare_batch`.
 """
 
 from collections.abc import Callable
+from copy import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from nnunetv2_misfm.trainers.augmentation.distribution import flips, nnunet_augm
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.batch_stream import BatchStream
 from nnunetv2_misfm.trainers.dimension import require_3d
+from nnunetv2_misfm.trainers.pretext_picture import samples_of, write_picture
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe
 from nnunetv2_misfm.trainers.unlabelled_batches import UnlabelledBatches
 
@@ -187,7 +190,7 @@ class PretextTrainer(MisfmTrainer):
         if len(dataset_val.identifiers) < MINIMUM_CASES:
             self.print_to_log_file("Fewer than two validation cases: validating on the training cases.")
             dataset_val = dataset_tr
-        saved = self.saved_run_state or {"data_seed": np.random.randint(2**31), "position": 0}
+        saved = {"data_seed": np.random.randint(2**31), "position": 0, **(self.saved_run_state or {})}
         self.data_seed = saved["data_seed"]
         training = self._batches(dataset_tr, crop_size, (self.data_seed, self.local_rank), **augmented)
         validation = self._batches(dataset_val, patch_size, (VALIDATION_SEED, self.local_rank))
@@ -264,12 +267,46 @@ class PretextTrainer(MisfmTrainer):
         """Says that there is nothing to predict: a pretext network segments nothing."""
         self.print_to_log_file("Pretraining ends without a sliding-window validation: there is nothing to segment.")
 
+    # ------------------------------------------------------------------ pictures of the answers
+
+    def on_epoch_end(self) -> None:
+        """Ends an epoch as usual, now and then with a picture of what the network answers."""
+        every, number = self.recipe.picture_every_epochs, self.current_epoch + 1
+        if self.local_rank == 0 and every > 0 and number % every == 0:
+            self.draw_answers(Path(self.output_folder) / f"pretext_epoch_{number:05d}.png")
+        super().on_epoch_end()
+
+    def draw_answers(self, output: Path) -> None:
+        """Writes a picture of the same crops and tasks at every call, with the network's answers; logs a failure."""
+        shown = copy(self.dataloader_val.batches)
+        shown.batch_size = MINIMUM_CASES
+        self.bare_network.eval()
+        self.set_deep_supervision_enabled(False)
+        try:
+            samples = samples_of(
+                type(self),
+                self.method_recipe,
+                shown[0],
+                torch.Generator().manual_seed(VALIDATION_SEED),
+                shown.data,
+                self.plans_manager.transpose_forward,
+                self.configuration_manager.spacing,
+                self.bare_network,
+            )
+            write_picture(samples, type(self), self.method_recipe, output)
+        except OSError as error:
+            self.print_to_log_file(f"WARNING: {output} could not be written ({error}).")
+        finally:
+            self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
     # ------------------------------------------------------------------ resume
 
     def run_state(self) -> dict[str, Any]:
         """Returns what this rank needs to go on: also the place in the order of the data, and the task's generator."""
-        place = {"data_seed": self.data_seed, "position": self.dataloader_train.position}
-        return {**super().run_state(), **place, "task_generator": self.task_generator.get_state()}
+        state = {**super().run_state(), "task_generator": self.task_generator.get_state()}
+        if self.dataloader_train is not None:
+            state |= {"data_seed": self.data_seed, "position": self.dataloader_train.position}
+        return state
 
     def set_run_state(self, state: dict[str, Any]) -> None:
         """Puts this rank where `run_state` was taken (the data were when they were opened)."""

@@ -203,6 +203,17 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
     make_task = staticmethod(make_task)
     citations = nnUNetTrainerPCTNet.citations
 
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net reads this very signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self._previous: dict[str, dict[str, Any]] = {}  # batches of one that the next is fused with, by phase
+
     @classmethod
     def num_task_classes(cls, recipe: VolumeFusionRecipe) -> int:  # type: ignore[override]
         """Returns K + 1."""
@@ -232,8 +243,8 @@ class nnUNetTrainerVFPretrain(PretextTrainer):  # noqa: N801 - nnU-Net's convent
         return loss
 
     def on_train_start(self) -> None:
-        """Starts with no volume remembered but what a checkpoint holds."""
-        self._previous: dict[str, dict[str, Any]] = {}
+        """Starts with no volume remembered but the one that a checkpoint names."""
+        self._previous.clear()
         super().on_train_start()
 
     def on_validation_epoch_start(self) -> None:

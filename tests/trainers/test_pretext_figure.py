@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from nnunetv2_misfm.preview_figure import Column, Sample, as_viewed, axis_directions, draw, spacing_as_viewed
+from nnunetv2_misfm.trainers.pretext_figure import Column, Sample, as_viewed, axis_directions, draw, spacing_as_viewed
 
 ORIENTATIONS = [
     a + b + c

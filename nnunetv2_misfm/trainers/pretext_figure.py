@@ -1,4 +1,4 @@
-"""The figure of `nnUNetv2_misfm preview`: three planes of volumes side by side, as a radiologist looks at them."""
+"""The figure of a pretext task: three planes of volumes side by side, as a radiologist looks at them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
