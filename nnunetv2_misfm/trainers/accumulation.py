@@ -28,9 +28,9 @@ def accumulated_step(trainer: "MisfmTrainer", first: dict[str, Any], others: Ite
     number, scaler = trainer.recipe.accumulate_steps, trainer.grad_scaler
     trainer.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=trainer.device)
-    keys = []
+    keys: list[str] = []
     for i, batch in enumerate(chain([first], others), start=1):
-        keys += batch["keys"]
+        keys.extend(batch["keys"])
         data, target = (_to(batch[name], trainer.device) for name in ("data", "target"))
         synchronised = i == number or not isinstance(trainer.network, DistributedDataParallel)
         with nullcontext() if synchronised else trainer.network.no_sync():

@@ -83,14 +83,19 @@ def _keep(path: Path, former: Sequence[Path]) -> None:
     """Moves each of the former files one place back, and gives the file at `path` the first place as a second name."""
     if not former or not path.is_file():
         return
-    for newer, older in reversed(list(pairwise(former))):
-        if newer.is_file():
-            os.replace(newer, older)
-    former[0].unlink(missing_ok=True)
+    second_name = former[0].with_name(former[0].name + ".tmp")
+    second_name.unlink(missing_ok=True)
     try:
-        os.link(path, former[0])
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, former[0])
+        try:
+            os.link(path, second_name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second_name)
+        for newer, older in reversed(list(pairwise(former))):
+            if newer.is_file():
+                os.replace(newer, older)
+        os.replace(second_name, former[0])
+    finally:
+        second_name.unlink(missing_ok=True)  # there still where both are names of one file: renaming does nothing then
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
