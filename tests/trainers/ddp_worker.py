@@ -38,6 +38,19 @@ def body_sha256(weights: dict[str, torch.Tensor]) -> str:
     return tensors_sha256({name: tensor for name, tensor in weights.items() if HEAD_MARK not in name})
 
 
+class Fed:
+    """A loader with other batches."""
+
+    def __init__(self, loader: Any, batches: Iterator[dict]) -> None:
+        self.loader, self.batches_given = loader, batches
+
+    def __next__(self) -> dict:
+        return next(self.batches_given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
 class Rank:
     """Runs scenarios in this process and keeps an account of each."""
 
@@ -64,9 +77,9 @@ class Rank:
             start(trainer)
             self.account |= {"device": str(trainer.device), "batch_size": trainer.batch_size}
             self.account["body_at_start"] = body_sha256(trainer.bare_network.state_dict())
-            trainer.dataloader_train = self.feed(trainer.dataloader_train)
+            trainer.dataloader_train = Fed(trainer.dataloader_train, self.feed(trainer.dataloader_train))
             if "batches" in self.scenario and not isinstance(trainer, PretextTrainer):
-                trainer.dataloader_val = self.feed(trainer.dataloader_val)
+                trainer.dataloader_val = Fed(trainer.dataloader_val, self.feed(trainer.dataloader_val))
             end_validation = trainer.on_validation_epoch_end
 
             def on_validation_epoch_end(outputs: list[dict]) -> None:
