@@ -139,6 +139,8 @@ def measure(options: argparse.Namespace, trainer: PretextTrainer) -> dict[str, l
         waited = stream.seconds_waited
         taken = note(WHOLE, options.steps, whole)
         found.setdefault("waiting", []).append((stream.seconds_waited - waited) / taken)
+        for _ in range(2 * options.workers):
+            next(stream)  # what was made while the steps ran
         note(LOADER, options.batches, lambda: next(stream))
         stream.close()
         note(WITH_TASK, options.steps, with_task)
