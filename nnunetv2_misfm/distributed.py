@@ -9,7 +9,7 @@ among all processes for the number of a GPU.
 import argparse
 import os
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.scripts import search_path
 from nnunetv2_misfm.trainers.base import MisfmTrainer
 from nnunetv2_misfm.trainers.resumable import BEST
-from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint, tensors_sha256
+from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
 from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
 
 # What torchrun tells every process
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How often this machine's torchrun has started its processes anew, and how often it may
 RESTARTS_VARIABLE, MAX_RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+# "True" where all starts of the processes meet at one store, in which they may read addresses of those before them
+# (github.com/pytorch/pytorch/issues/135712; PyTorch 2.15 still does), and what torchrun takes to give each its own
+SHARED_STORE_VARIABLE, OWN_STORE_VARIABLE = "TORCHELASTIC_USE_AGENT_STORE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Exit status after an error of the user, as that of nnUNetv2_misfm
 USER_ERROR = 2
 
@@ -91,12 +94,17 @@ def train(asked: argparse.Namespace) -> None:
     """Joins torchrun's process group, trains and validates.
 
     Raises:
-        MisfmError: Not started by torchrun, no GPU for this process, or what `run` raises.
+        MisfmError: Not started by torchrun or in a way that cannot work, no GPU for this process, or what `run` raises.
     """
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise MisfmError(
             f"expected the variables that torchrun sets, got no {', '.join(missing)}: start with torchrun "
             "--nproc-per-node GPUS -m nnunetv2_misfm.distributed ..."
+        )
+    if _may_restart() and os.environ.get(SHARED_STORE_VARIABLE) == "True":
+        raise MisfmError(
+            f"expected {OWN_STORE_VARIABLE}=1 in the environment of a torchrun with --max-restarts, got none: without "
+            "it processes that were started anew look for those before them; export it on every machine."
         )
     if asked.c and (asked.val or asked.pretrained_weights):
         raise MisfmError("expected --c alone, got it with --val or -pretrained_weights; leave one of them out.")
@@ -138,8 +146,8 @@ def run(asked: argparse.Namespace, device: torch.device) -> None:
     """Trains and validates in a process group.
 
     Raises:
-        MisfmError: The trainer is not one of this package, the ranks do not start at the same place, a new training
-            that may be restarted finds checkpoints of another, or weights that do not fit.
+        MisfmError: The trainer is not one of this package, the ranks find different checkpoints, a new training that
+            may be restarted finds any, or weights that do not fit.
     """
     goes_on = asked.c or (not asked.val and was_restarted(device))
     trainer: Any = get_trainer_from_args(
@@ -151,12 +159,12 @@ def run(asked: argparse.Namespace, device: torch.device) -> None:
             "use nnUNetv2_train -num_gpus for it."
         )
     trainer.disable_checkpointing = asked.disable_checkpointing
+    require_shared_results(Path(trainer.output_folder))
     if not (goes_on or asked.val):
-        _require_no_checkpoints(Path(trainer.output_folder))
+        require_no_checkpoints(Path(trainer.output_folder))
     maybe_load_checkpoint(trainer, goes_on, asked.val)
     if asked.pretrained_weights and not (trainer.was_resumed or asked.val):
-        _load_pretrained(trainer, asked.pretrained_weights)
-    _require_same_start(trainer)
+        load_pretrained(trainer, asked.pretrained_weights)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnU-Net
     if not asked.val:
         trainer.run_training()
@@ -172,17 +180,30 @@ def was_restarted(device: torch.device) -> bool:
     return bool(restarted)
 
 
-def _require_no_checkpoints(folder: Path) -> None:
+def _may_restart() -> bool:
+    return int(os.environ.get(MAX_RESTARTS_VARIABLE, "0")) > 0
+
+
+def require_no_checkpoints(folder: Path) -> None:
+    """Keeps a new training from going on, after a restart, where another one ended.
+
+    Raises:
+        MisfmError: torchrun may restart this training, and there are checkpoints in its folder.
+    """
     found = sorted(path.name for path in folder.glob("checkpoint_*.pth"))
-    if found and int(os.environ.get(MAX_RESTARTS_VARIABLE, "0")) > 0:
+    if found and _may_restart():
         raise MisfmError(
             f"expected no checkpoint in {folder} before a new training that torchrun may restart from its last one, "
             f"got {', '.join(found)}: go on from there with --c, or move them away."
         )
 
 
-def _load_pretrained(trainer: MisfmTrainer, file: str) -> None:
-    """Does what nnU-Net's flag does; its own function would map the file to a GPU by the rank among all processes."""
+def load_pretrained(trainer: MisfmTrainer, file: str) -> None:
+    """Does what nnU-Net's flag does; its own function would map the file to a GPU by the rank among all processes.
+
+    Raises:
+        MisfmError: The file cannot be read, or more than the heads of its network differs.
+    """
     trainer.initialize()
     report = transfer_weights(network_weights(read_checkpoint(file), file), trainer.bare_network)
     misfits = {**report.adapted, **{name: why for name, why in report.fresh.items() if HEAD_MARK not in name}}
@@ -196,18 +217,23 @@ def _load_pretrained(trainer: MisfmTrainer, file: str) -> None:
     trainer.print_to_log_file(f"Pretrained weights: {file}: {report.summary()}")
 
 
-def _require_same_start(trainer: MisfmTrainer) -> None:
-    """Compares the ranks: machines that do not share their folders would each train a network of their own."""
-    state = trainer.saved_run_state or {"losses": []}
-    place = f"epoch {trainer.current_epoch}, step {len(state['losses'])}" if trainer.was_resumed else "the beginning"
-    if trainer.was_initialized:
-        place += f", weights {tensors_sha256(trainer.bare_network.state_dict())[:8]}"
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, place)
-    if other := next((rank for rank, there in enumerate(places) if there != places[0]), None):
+def require_shared_results(folder: Path) -> None:
+    """Compares the ranks: machines with folders of their own would each go on with a network of their own.
+
+    Raises:
+        MisfmError: The ranks find different checkpoints.
+    """
+    written = {
+        path.name: datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+        for path in folder.glob("checkpoint_*.pth")
+    }
+    mine = ", ".join(f"{name} of {written[name].isoformat()}" for name in sorted(written)) or "none"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if other := next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None):
         raise MisfmError(
-            f"expected all ranks to start at the same place, got {places[0]} on rank 0 and {places[other]} on rank "
-            f"{other}: let nnUNet_results ({trainer.output_folder} here) be one folder that all machines share."
+            f"expected all ranks to find the same checkpoints, got {found[0]} on rank 0 and {found[other]} on rank "
+            f"{other}: let nnUNet_results be one folder that all machines share (here the run is in {folder})."
         )
 
 
