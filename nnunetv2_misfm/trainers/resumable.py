@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,17 @@ STATE_KEY = "misfm_state"
 # Checkpoints that were the newest one, two, ... checkpoints ago
 EARLIER = "checkpoint_earlier_{}.pth"
 
+# How nnU-Net's loader tells that its workers died, and how much later (seconds, ours) a signal that ended them may come
+_WORKERS_DIED = "background workers are no longer alive"
+_SIGNAL_DELAY = 1
+
 
 class ResumableTrainer(nnUNetTrainer):
     """nnU-Net's trainer that goes on after an interruption as if there had been none.
 
     A run repeats bit for bit on the CPU, with data that come in a fixed order: pretraining's always do, nnU-Net's
-    loader's with `nnUNet_n_proc_DA=0`.
+    loader's with `nnUNet_n_proc_DA=0`. (nnU-Net's own blur, a part of its augmentation on the CPU, chooses between two
+    algorithms by their times, so that with it runs are equal up to rounding.)
 
     Attributes:
         was_resumed: Whether a checkpoint was loaded.
@@ -64,10 +69,12 @@ class ResumableTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.interruption = Interruption()
         self.was_resumed = False
+        self._resumed_epoch: int | None = None
         self._saved_state: dict[str, Any] | None = None
         self._done: list[float] = []  # losses of this epoch's steps, until it ends
         self._done_before: list[float] = []  # those of them that another process took
         self._step = 0  # of this epoch's training or validation
+        self._random_before_validation: dict[str, Any] | None = None  # in a validation, which is done anew
         self._last_checkpoint = monotonic()
 
     # ------------------------------------------------------------------ what is added to a checkpoint
@@ -81,7 +88,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def run_state(self) -> dict[str, Any]:
         """Returns what this rank needs to go on exactly here: plain data and tensors."""
-        return {"losses": self._done, "random": random_state(self.device)}
+        return {"losses": self._done, "random": self._random_before_validation or random_state(self.device)}
 
     def set_run_state(self, state: dict[str, Any]) -> None:
         """Puts this rank where `run_state` was taken."""
@@ -115,6 +122,9 @@ class ResumableTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             super().save_checkpoint(filename)  # nnU-Net's own word on it
             return
+        path = Path(filename)
+        if path.name == LATEST:
+            self._last_checkpoint = monotonic()
         ranks = self._of_all_ranks(self.run_state())
         if self.local_rank != 0:
             return
@@ -127,11 +137,8 @@ class ResumableTrainer(nnUNetTrainer):
             logged = checkpoint["logging"]
             checkpoint["logging"] = {name: values[: self.current_epoch] for name, values in logged.items()}
         checkpoint |= {**self.added_keys(), STATE_KEY: {"ranks": ranks, **self.shared_state(checkpoint)}}
-        path = Path(filename)
-        former = (
-            [path.with_name(EARLIER.format(i)) for i in range(1, self.keep_checkpoints)] if path.name == LATEST else []
-        )
-        write_checkpoint(checkpoint, path, former)
+        num_former = self.keep_checkpoints - 1 if path.name == LATEST else 0
+        write_checkpoint(checkpoint, path, [path.with_name(EARLIER.format(i + 1)) for i in range(num_former)])
 
     def shared_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Returns state that all ranks share; may change what the checkpoint holds."""
@@ -146,7 +153,6 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _save_latest(self) -> None:
         self.save_checkpoint(os.path.join(self.output_folder, LATEST))
-        self._last_checkpoint = monotonic()
 
     # ------------------------------------------------------------------ reading
 
@@ -173,6 +179,7 @@ class ResumableTrainer(nnUNetTrainer):
         self.read_added_keys(checkpoint)
         self._saved_state = checkpoint.get(STATE_KEY)
         self.was_resumed = True
+        self._resumed_epoch = self.current_epoch
 
     def _newest_readable(self, folder: Path, error: MisfmError) -> tuple[Path, dict[str, Any]]:
         readable = []
@@ -193,7 +200,8 @@ class ResumableTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Starts as nnU-Net does, then goes on where the checkpoint was written; from here on signals are noted."""
-        self._clear_unfinished_files()
+        if self.local_rank == 0:
+            self._tidy_folder()
         self.steps_per_epoch = self.num_iterations_per_epoch
         super().on_train_start()
         if self.was_resumed:
@@ -203,18 +211,47 @@ class ResumableTrainer(nnUNetTrainer):
                 self.print_to_log_file(
                     "The checkpoint holds no state of its random numbers for as many processes: they start anew."
                 )
-        spawned = self.is_ddp and "LOCAL_RANK" not in os.environ  # by nnU-Net, whose parent passes signals on as SIGINT
-        self.interruption.watch((signal.SIGINT,) if spawned else ())
+        self.interruption.watch((signal.SIGINT,) if self.is_ddp else ())  # as which launchers pass others on
         self._last_checkpoint = monotonic()
+
+    def run_training(self) -> None:
+        """Trains as nnU-Net does; a signal that also ended nnU-Net's data workers is obeyed between two steps."""
+        try:
+            super().run_training()
+        except RuntimeError as error:
+            if _WORKERS_DIED not in str(error) or self.is_ddp:  # other ranks may wait for this one in their step
+                raise
+            sleep(_SIGNAL_DELAY)
+            if self.interruption.requested is None:
+                raise
+            self._end_early()
 
     def on_train_epoch_start(self) -> None:
         """Starts an epoch as nnU-Net does; of one that was begun before, the rest is to do."""
+        if self.current_epoch == self._resumed_epoch and not self._done:
+            self._write_missing_best()
         super().on_train_epoch_start()
         self._step = len(self._done)
         self.num_iterations_per_epoch = self.steps_per_epoch - self._step
 
+    def _write_missing_best(self) -> None:
+        """Writes the best checkpoint where the last epoch was the best and a process was killed before it said so."""
+        averages = list(self.logger.get_value("ema_fg_dice", step=None))
+        if not averages or averages.index(max(averages)) != len(averages) - 1:
+            return
+        path = Path(self.output_folder) / BEST
+        try:
+            if read_checkpoint(path)["current_epoch"] == self.current_epoch:
+                return
+        except MisfmError:
+            pass  # none, or half of one that another program wrote
+        self.current_epoch -= 1  # nnU-Net adds one
+        self.save_checkpoint(str(path))
+        self.current_epoch += 1
+
     def on_validation_epoch_start(self) -> None:
         """Starts the validation of an epoch as nnU-Net does and counts its steps from zero."""
+        self._random_before_validation = random_state(self.device)
         super().on_validation_epoch_start()
         self._step = 0
 
@@ -304,6 +341,9 @@ class ResumableTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """Ends an epoch as nnU-Net does; from here on a checkpoint says that it is done."""
         self._done, self._done_before = [], []
+        self._random_before_validation = None
+        averages = self.logger.get_value("ema_fg_dice", step=None)
+        averages[-1] = float(averages[-1])  # as in a checkpoint, whose next average builds on it
         super().on_epoch_end()
 
     def on_train_end(self) -> None:
@@ -317,10 +357,21 @@ class ResumableTrainer(nnUNetTrainer):
         if self.interruption.requested:
             raise SystemExit(EXIT_CODE)
 
-    def _clear_unfinished_files(self) -> None:
-        if self.local_rank == 0:
-            for path in Path(self.output_folder).glob("checkpoint_*.pth.tmp"):  # of a process that was killed
-                path.unlink()
+    def _tidy_folder(self) -> None:
+        """Removes what killed processes left; sets an earlier run's checkpoints aside, so that --c finds this one's."""
+        folder = Path(self.output_folder)
+        for path in folder.glob("checkpoint_*.pth.tmp"):
+            path.unlink()
+        if self.was_resumed or self.disable_checkpointing:
+            return
+        for path in folder.glob(EARLIER.format("*")):
+            path.unlink()
+        if found := [folder / name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()]:
+            for path in found:
+                path.replace(folder / f"former_{path.name}")
+            self.print_to_log_file(
+                f"A new training: checkpoints of an earlier one in {folder} are now called former_checkpoint_*.pth."
+            )
 
 
 def _steps_done(checkpoint: dict[str, Any]) -> int:
