@@ -14,7 +14,7 @@ Rows, in samples per second:
   the device augments;
 - one core, nnU-Net's: its own loader and transforms, one thread.
 
-The augmentation of the last two rows is nnU-Net's full set in both (`--augmentation flips`: mirroring in ours). All
+nnU-Net's row has its full set of augmentation always, ours what `--augmentation` says. All
 rows are measured once in every round, so that a machine whose speed drifts does so for all; figures are median (lowest
 to highest) over the rounds, ratios those within a round. nnU-Net's folders are the usual variables; nothing is written
 but to a temporary results folder.
@@ -35,6 +35,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunetv2_misfm.preview import find_pretraining_trainer
