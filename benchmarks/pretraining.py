@@ -55,10 +55,11 @@ def open_trainer(options: argparse.Namespace) -> PretextTrainer:
     folder = os.path.join(str(nnUNet_preprocessed), name)
     plans = {**load_json(os.path.join(folder, f"{options.plans}.json")), "continue_training": False}
     block = plans["configurations"][options.configuration].setdefault("misfm", {})
-    block |= {"augmentation": options.augmentation, "checkpoint_every_minutes": 0}
+    block |= {"augmentation": options.augmentation, "checkpoint_every_minutes": 0, "accumulate_steps": 1}
     dataset_json = load_json(os.path.join(folder, "dataset.json"))
     trainer = kind(plans, options.configuration, "all", dataset_json, torch.device(options.device))
     trainer.on_train_start()
+    trainer.interruption.release()
     trainer.network.train()
     return trainer
 
@@ -75,12 +76,10 @@ def steps(trainer: PretextTrainer, batches: Iterator[dict[str, Any]]) -> Callabl
 def stock_loader(trainer: PretextTrainer) -> Iterator[Any]:
     """Returns nnU-Net's own batches, with labels and all, made in this process."""
     manager = trainer.configuration_manager
-    rotation, in_plane, crop_size, axes = super(
-        PretextTrainer, trainer
-    ).configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    transforms = super(PretextTrainer, trainer).get_training_transforms(
-        manager.patch_size, rotation, None, axes, in_plane
+    rotation, in_plane, crop_size, axes = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(
+        trainer
     )
+    transforms = nnUNetTrainer.get_training_transforms(manager.patch_size, rotation, None, axes, in_plane)
     dataset, _ = trainer.get_tr_and_val_datasets()
     return nnUNetDataLoader(
         dataset, trainer.batch_size, crop_size, manager.patch_size, trainer.label_manager, 0.33, transforms=transforms

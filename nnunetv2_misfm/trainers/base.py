@@ -40,7 +40,7 @@ from nnunetv2_misfm.trainers.precision import autocast_dtype, use_autocast_dtype
 from nnunetv2_misfm.trainers.progress import Progress
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, read_recipes
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
-from nnunetv2_misfm.trainers.weight_average import WeightAverage
+from nnunetv2_misfm.trainers.weight_average import WeightAverage, start_average
 
 # Set to 1, leaves out the prediction of the validation cases that ends a training (no readers, or other test cases)
 SKIP_VALIDATION_VARIABLE = "nnUNet_misfm_skip_validation"
@@ -308,10 +308,7 @@ class MisfmTrainer(ResumableTrainer):
             self.initialize()
         if self.was_resumed:
             self.seed_everything()  # for what the checkpoint does not hold
-        if self.recipe.ema_decay is not None:
-            self.average = WeightAverage(self.bare_network, self.recipe.ema_decay)
-            if self._saved_state and "raw_weights" in self._saved_state:
-                self.average.restore(self._saved_state["raw_weights"], self._saved_state["num_updates"])
+        self.average = start_average(self.bare_network, self.recipe.ema_decay, self._saved_state or {})
         if self.is_ddp:  # nnU-Net lets all ranks write a new splits_final.json at once
             if self.local_rank == 0:
                 self.do_split()

@@ -120,6 +120,7 @@ def _ignore_the_scheduler(worker: int) -> None:
     The training process needs no worker that dies while it finishes its step; it ends them itself, by the very signal
     (SIGTERM) that is told from the scheduler's by its sender.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # launchers send it to whole groups of processes
     if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, where no scheduler sends any
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -33,7 +33,7 @@ class Interruption:
     def release(self) -> None:
         """Gives the signals back to whoever had them before."""
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
         self._former = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

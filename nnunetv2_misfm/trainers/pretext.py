@@ -30,6 +30,7 @@ from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.trainers.pretext_picture import samples_of, write_picture
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe
 from nnunetv2_misfm.trainers.unlabelled_batches import UnlabelledBatches
+from nnunetv2_misfm.weights.checkpoint import raise_death_of_worker
 
 # MIS-FM's pretraining (arXiv:2306.16925); a configuration that names its own batch_size wins
 BATCH_SIZE = 4
@@ -173,12 +174,15 @@ class PretextTrainer(MisfmTrainer):
         """
         rotation, in_plane, crop_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         patch_size = self.configuration_manager.patch_size
+        masked = self.configuration_manager.use_mask_for_norm
         augmented: dict[str, Any]
         if self.recipe.augmentation_on == "workers":
-            transforms = self.get_training_transforms(patch_size, rotation, None, mirror_axes, in_plane)
+            transforms = self.get_training_transforms(
+                patch_size, rotation, None, mirror_axes, in_plane, use_mask_for_norm=masked
+            )
             augmented = {"transforms": transforms}
         elif self.recipe.augmentation == "nnunet":
-            augmented = {"augmentation": nnunet_augmentation(rotation, in_plane, mirror_axes)}
+            augmented = {"augmentation": nnunet_augmentation(rotation, in_plane, mirror_axes, masked)}
         else:
             augmented = {"augmentation": flips(mirror_axes)}
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
@@ -294,8 +298,9 @@ class PretextTrainer(MisfmTrainer):
                 self.bare_network,
             )
             write_picture(samples, type(self), self.method_recipe, output)
-        except OSError as error:
-            self.print_to_log_file(f"WARNING: {output} could not be written ({error}).")
+        except (OSError, RuntimeError, MisfmError) as error:  # a full disk or GPU, or a case that cannot be read
+            raise_death_of_worker(error)
+            self.print_to_log_file(f"WARNING: {output} could not be drawn ({error}).")
         finally:
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
 

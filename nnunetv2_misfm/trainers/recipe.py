@@ -40,14 +40,15 @@ class Recipe:
         mixed_precision: On a GPU. `float16` is nnU-Net's, with a scaled loss; `bfloat16` needs no scaling; `auto` is
             bfloat16 where the GPU has it.
         augmentation: `nnunet` is nnU-Net's full set; `flips` only crops and mirrors.
-        augmentation_on: Where pretraining augments: on the `device` in batches, or in the `workers` by nnU-Net's own
-            transforms; the distribution is the same. Fine-tuning always has nnU-Net's own.
+        augmentation_on: Where pretraining augments: on the `device`, or in the `workers` by nnU-Net's own transforms;
+            the distribution is the same. Fine-tuning always has nnU-Net's own.
         checkpoint_every_epochs: Epochs between two checkpoints of the newest state.
         checkpoint_every_minutes: Minutes after which one is written in the middle of an epoch; 0 never.
         keep_checkpoints: How many of them are kept, the newest included.
         picture_every_epochs: Epochs between two pictures of what a pretraining network answers; 0 draws none.
         seed: Seeds Python, NumPy and PyTorch; None leaves them as they are (nnU-Net's way). Trainings with labels
-            repeat exactly only with `nnUNet_n_proc_DA=0`, since the order in which their workers deliver is not fixed.
+            repeat only with `nnUNet_n_proc_DA=0`, since the order in which their workers deliver is not fixed, and up
+            to the rounding of nnU-Net's blur.
         features_per_stage: Channels per level of the networks of this package; None is their default. The plans'
             networks take theirs from nnU-Net's own `architecture`.
         num_heads: Attention heads of PCT-Net's levels 2, 3 and 4; None is the released 4, 8, 16 where they divide the

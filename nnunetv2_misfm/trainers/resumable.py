@@ -76,6 +76,7 @@ class ResumableTrainer(nnUNetTrainer):
         self._step = 0  # of this epoch's training or validation
         self._random_before_validation: dict[str, Any] | None = None  # in a validation, which is done anew
         self._last_checkpoint = monotonic()
+        self._replaces_former_run = False  # until its first checkpoint
 
     # ------------------------------------------------------------------ what is added to a checkpoint
 
@@ -119,12 +120,12 @@ class ResumableTrainer(nnUNetTrainer):
         Raises:
             MisfmError: The file could not be written; the former one is intact.
         """
-        if self.disable_checkpointing:
-            super().save_checkpoint(filename)  # nnU-Net's own word on it
-            return
         path = Path(filename)
         if path.name == LATEST:
             self._last_checkpoint = monotonic()
+        if self.disable_checkpointing:
+            super().save_checkpoint(filename)  # nnU-Net's own word on it
+            return
         ranks = self._of_all_ranks(self.run_state())
         if self.local_rank != 0:
             return
@@ -137,6 +138,8 @@ class ResumableTrainer(nnUNetTrainer):
             logged = checkpoint["logging"]
             checkpoint["logging"] = {name: values[: self.current_epoch] for name, values in logged.items()}
         checkpoint |= {**self.added_keys(), STATE_KEY: {"ranks": ranks, **self.shared_state(checkpoint)}}
+        if self._replaces_former_run:
+            self._set_former_run_aside()
         num_former = self.keep_checkpoints - 1 if path.name == LATEST else 0
         write_checkpoint(checkpoint, path, [path.with_name(EARLIER.format(i + 1)) for i in range(num_former)])
 
@@ -201,7 +204,8 @@ class ResumableTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         """Starts as nnU-Net does, then goes on where the checkpoint was written; from here on signals are noted."""
         if self.local_rank == 0:
-            self._tidy_folder()
+            for path in Path(self.output_folder).glob("checkpoint_*.pth.tmp"):  # of a process that was killed
+                path.unlink()
         self.steps_per_epoch = self.num_iterations_per_epoch
         super().on_train_start()
         if self.was_resumed:
@@ -211,6 +215,8 @@ class ResumableTrainer(nnUNetTrainer):
                 self.print_to_log_file(
                     "The checkpoint holds no state of its random numbers for as many processes: they start anew."
                 )
+        self._saved_state = None  # its tensors keep the file open
+        self._replaces_former_run = not self.was_resumed
         self.interruption.watch((signal.SIGINT,) if self.is_ddp else ())  # as which launchers pass others on
         self._last_checkpoint = monotonic()
 
@@ -241,7 +247,7 @@ class ResumableTrainer(nnUNetTrainer):
             return
         path = Path(self.output_folder) / BEST
         try:
-            if read_checkpoint(path)["current_epoch"] == self.current_epoch:
+            if read_checkpoint(path).get("current_epoch") == self.current_epoch:
                 return
         except MisfmError:
             pass  # none, or half of one that another program wrote
@@ -304,12 +310,7 @@ class ResumableTrainer(nnUNetTrainer):
             MisfmError: A loss that is not finite, on any rank.
         """
         finite = bool(np.isfinite(result["loss"]))
-        flags = [not finite, due, self.interruption.requested is not None]
-        if self.is_ddp:
-            shared = torch.tensor(flags, dtype=torch.float32, device=self.device)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            flags = shared.bool().tolist()
-        bad, due, self._asked_to_end = flags
+        bad, due, self._asked_to_end = self._on_any_rank(not finite, due, self.interruption.requested is not None)
         if bad:
             cases = ", ".join(map(str, batch["keys"]))
             here = "loss not finite on another rank" if finite else f"loss {result['loss']}"
@@ -320,16 +321,27 @@ class ResumableTrainer(nnUNetTrainer):
             )
         return due
 
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Returns which flags are set on one of the ranks at least."""
+        if not self.is_ddp:
+            return list(flags)
+        shared = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.bool().tolist()
+
     def _end_early(self) -> None:
         self._save_latest()
         if self.is_ddp:
             dist.barrier()  # else launchers end the first rank while it writes
+        kept, code = f"go on with --c. Exit code {EXIT_CODE}", EXIT_CODE
+        if self.disable_checkpointing:
+            kept, code = "nothing was kept, since checkpointing is disabled", 1
         self.print_to_log_file(
             f"Ended by {self.interruption.requested or 'a signal to another rank'} in epoch {self.current_epoch} after "
-            f"{len(self._done)} of {self.steps_per_epoch} steps; go on with --c. Exit code {EXIT_CODE}."
+            f"{self.steps_done} of {self.steps_per_epoch} steps; {kept}."
         )
         self.end_workers()
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(code)
 
     def end_workers(self) -> None:
         """Ends the processes that make batches."""
@@ -354,19 +366,15 @@ class ResumableTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             for path in Path(self.output_folder).glob(EARLIER.format("*")):
                 path.unlink()
-        if self.interruption.requested:
+        (interrupted,) = self._on_any_rank(self.interruption.requested is not None)
+        if interrupted:
             raise SystemExit(EXIT_CODE)
 
-    def _tidy_folder(self) -> None:
-        """Removes what killed processes left; sets an earlier run's checkpoints aside, so that --c finds this one's."""
+    def _set_former_run_aside(self) -> None:
+        """Renames the checkpoints of an earlier run in this folder, so that --c finds those of this one."""
+        self._replaces_former_run = False
         folder = Path(self.output_folder)
-        for path in folder.glob("checkpoint_*.pth.tmp"):
-            path.unlink()
-        if self.was_resumed or self.disable_checkpointing:
-            return
-        for path in folder.glob(EARLIER.format("*")):
-            path.unlink()
-        if found := [folder / name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()]:
+        if found := sorted(folder.glob("checkpoint_*.pth")):
             for path in found:
                 path.replace(folder / f"former_{path.name}")
             self.print_to_log_file(

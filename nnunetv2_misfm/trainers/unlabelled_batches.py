@@ -75,18 +75,23 @@ class UnlabelledBatches(Dataset):
             MisfmError: A case cannot be read.
         """
         generator = np.random.default_rng([*self.seed, number])
-        order = generator.permutation(self.cases).tolist()
-        keys = [order[i % len(order)] for i in range(self.batch_size)]
+        order = generator.choice(len(self.cases), min(len(self.cases), self.batch_size), replace=False)
+        keys = [self.cases[order[i % len(order)]] for i in range(self.batch_size)]
         seed = int(generator.integers(2**31))
         if self.augmentation is None:
             crops = self._draw_crops(keys, [self.crop_size] * self.batch_size, generator)
             if self.transforms is not None:
                 with _global_seed(seed):
-                    crops = [self.transforms(image=crop)["image"] for crop in crops]
+                    crops = [self._transformed(crop) for crop in crops]
             return {"number": number, "keys": keys, "data": torch.stack(crops)}
         poses = draw_poses(self.batch_size, self.augmentation, torch.Generator().manual_seed(seed))
         sizes = [self.crop_size if pose.is_resampled else self.patch_size for pose in poses]
         return {"number": number, "keys": keys, "data": Crops(self._draw_crops(keys, sizes, generator), poses)}
+
+    def _transformed(self, crop: torch.Tensor) -> torch.Tensor:
+        assert self.transforms is not None
+        outside = (crop == 0).all(dim=0, keepdim=True)  # of the mask of a masked normalisation; -1 is nnU-Net's sign
+        return self.transforms(image=crop, segmentation=-outside.to(torch.int16))["image"]
 
     def _draw_crops(
         self, keys: list[str], sizes: Sequence[np.ndarray], generator: np.random.Generator

@@ -9,6 +9,7 @@ average down, which breaks such a table.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,24 @@ class WeightAverage:
         self._network.load_state_dict(raw)
         self._averaged.n_averaged.fill_(num_updates)
         self._holds_average = False
+
+
+def start_average(network: nn.Module, decay: float | None, saved: Mapping[str, Any]) -> WeightAverage | None:
+    """Returns the average of a run that starts or goes on; None without one.
+
+    Args:
+        network: The bare network; with an average in `saved`, it holds that now, and gets its trained weights back.
+        decay: As of `WeightAverage`; None trains (on) without an average.
+        saved: State of a checkpoint: `raw_weights` and `num_updates` where it was written with an average.
+    """
+    if decay is None:
+        if "raw_weights" in saved:
+            network.load_state_dict(saved["raw_weights"])
+        return None
+    average = WeightAverage(network, decay)
+    if "raw_weights" in saved:
+        average.restore(saved["raw_weights"], saved["num_updates"])
+    return average
 
 
 def average_or_copy(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:

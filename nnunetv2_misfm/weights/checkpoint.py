@@ -74,7 +74,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path, former: Se
         _keep(path, former)
         os.replace(temporary, path)
     except (OSError, RuntimeError, MisfmError) as error:  # PyTorch's archive reports a failed write as RuntimeError
-        _raise_death_of_worker(error)
+        raise_death_of_worker(error)
         raise MisfmError(f"{path} could not be written ({error}); the former checkpoint, if any, is intact.") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except Exception as error:  # PyTorch's readers raise a dozen types of error on bytes that are no checkpoint
-        _raise_death_of_worker(error)
+        raise_death_of_worker(error)
         if refused := _REFUSED.search(str(error)):
             raise MisfmError(
                 f"{path}: expected tensors and plain data alone, got {refused[1]}, so the file is not read and nothing "
@@ -133,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _raise_death_of_worker(error: Exception) -> None:
+def raise_death_of_worker(error: Exception) -> None:
     """Raises what PyTorch says of a dead data worker, wherever the main thread is: it is no fault of a file."""
     if str(error).startswith("DataLoader worker"):
         raise error

@@ -101,8 +101,11 @@ def test_a_new_training_sets_the_checkpoints_of_an_earlier_one_aside(workspace: 
     second = workspace.trainer(nnUNetTrainerVFPretrain)
     second.on_train_start()
     second.end_workers()
+    assert (folder / "checkpoint_final.pth").read_bytes() == finished  # until there is something to take its place
+    second.save_checkpoint(str(folder / "checkpoint_latest.pth"))
     names = {path.name for path in folder.glob("*.pth")}
-    assert names == {f"former_checkpoint_{name}.pth" for name in ("final", "latest", "best")}
+    former = {f"former_checkpoint_{name}.pth" for name in ("final", "latest", "earlier_1", "best")}
+    assert names == {*former, "checkpoint_latest.pth"}
     assert (folder / "former_checkpoint_final.pth").read_bytes() == finished
     assert "A new training: checkpoints of an earlier one" in Path(second.log_file).read_text()
 
@@ -115,3 +118,25 @@ def test_a_dead_worker_is_not_taken_for_a_fault_of_the_file(tmp_path: Path, monk
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         write_checkpoint({}, tmp_path / "checkpoint_latest.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disabled_checkpoint_is_spoken_of_when_due_and_a_signal_then_ends_with_another_code(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = iter(range(0, 1000, 7))
+    monkeypatch.setattr(resumable, "monotonic", lambda: 60 * next(minutes))
+    block = {"num_iterations_per_epoch": 10, "checkpoint_every_minutes": 28}
+    trainer = workspace.trainer(nnUNetTrainerVFPretrain, block)
+    trainer.disable_checkpointing = True
+    trainer.run_training()
+    spoken = Path(trainer.log_file).read_text().count("No checkpoint written")
+    assert 3 <= spoken <= 5  # two or three by the clock, best and final
+    trainer = workspace.trainer(nnUNetTrainerVFPretrain, block)
+    trainer.disable_checkpointing = True
+    trainer.on_train_start()
+    trainer.network.train()
+    trainer.interruption.requested = "SIGTERM"
+    with pytest.raises(SystemExit) as caught:
+        trainer.train_step(next(trainer.dataloader_train))
+    assert caught.value.code == 1
+    assert "nothing was kept, since checkpointing is disabled" in Path(trainer.log_file).read_text()

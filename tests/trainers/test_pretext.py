@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from toy import toy_architecture, toy_case, toy_dataset_json, toy_plans, write_case
 
 from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers import pretext
 from nnunetv2_misfm.trainers.volume_fusion import nnUNetTrainerPCTNetVFPretrain, nnUNetTrainerVFPretrain
 
 BOTH = pytest.mark.parametrize("kind", [nnUNetTrainerVFPretrain, nnUNetTrainerPCTNetVFPretrain])
@@ -193,3 +195,61 @@ def test_nnunets_augmentation_is_an_option(workspace: Workspace, place: str) -> 
         crops = [pair for i in range(20) for pair in zip(*vars(batches[i]["data"]).values(), strict=True)]
         sizes = {pose.is_resampled: tuple(volume.shape[1:]) for volume, pose in crops}
         assert sizes == {False: (16, 16, 16), True: tuple(batches.crop_size)}
+
+
+def masked_norm(plans: dict) -> dict:
+    plans["configurations"]["3d_fullres"]["use_mask_for_norm"] = [True]
+    return plans
+
+
+@pytest.mark.parametrize("place", ["device", "workers"])
+def test_zeros_outside_of_a_normalisation_mask_stay_zeros(workspace: Workspace, place: str) -> None:
+    for i in range(6):
+        image, labels = toy_case(i, (20, 22, 20), 1)
+        image[:, :10] = 0
+        write_case(workspace.base / "nnUNetPlans_3d_fullres", f"case_{i}", image, labels)
+    block = {"augmentation": "nnunet", "augmentation_on": place}
+    trainer = workspace.trainer(nnUNetTrainerVFPretrain, plans=masked_norm(toy_plans(block)))
+    trainer.on_train_start()
+    shown: list[torch.Tensor] = []
+    trainer.pose_task = lambda batch, generator: shown.append(batch["data"])
+    for _ in range(20):
+        trainer.prepare_batch(next(trainer.dataloader_train), training=True)
+    patches = torch.cat(shown)
+    has_zeros = (patches == 0).flatten(1).float().mean(1)
+    assert has_zeros.min() > 0.1  # also where noise, contrast or gamma acted
+
+
+@BOTH
+def test_every_few_epochs_a_picture_shows_the_same_tasks(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    drawn: list = []
+    monkeypatch.setattr(
+        pretext, "write_picture", lambda samples, trainer, recipe, output: drawn.append((samples, output))
+    )
+    trainer = workspace.trainer(kind, {"num_epochs": 4, "picture_every_epochs": 2})
+    trainer.run_training()
+    assert [output.name for _, output in drawn] == ["pretext_epoch_00002.png", "pretext_epoch_00004.png"]
+    (first, _), (second, _) = drawn
+    assert len(first) == 2
+    for a, b in zip(first, second, strict=True):
+        titles = [column.title.split("\n")[0] for column in a.columns]
+        assert titles == ["background", "foreground", "fused", "levels", "predicted levels"]
+        assert all(np.array_equal(x.volume, y.volume) for x, y in zip(a.columns[:-1], b.columns[:-1], strict=True))
+
+
+def test_a_picture_that_fails_is_a_warning_and_pictures_change_nothing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for every in (0, 1):
+
+        def fail(*given: object) -> None:
+            raise MisfmError("expected a preprocessed case case_5, got none.")
+
+        monkeypatch.setattr(pretext, "write_picture", fail)
+        trainer = workspace.trainer(nnUNetTrainerVFPretrain, {"num_epochs": 2, "picture_every_epochs": every})
+        losses.append(recorded_losses(trainer))
+        assert ("WARNING: " in Path(trainer.log_file).read_text()) == (every == 1)
+    assert losses[0] == losses[1]

@@ -7,7 +7,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
-from nnunetv2_misfm.trainers.weight_average import WeightAverage, average_or_copy
+from nnunetv2_misfm.trainers.weight_average import WeightAverage, average_or_copy, start_average
 
 
 def scalar_network(value: float = 10.0) -> nn.Linear:
@@ -201,3 +201,16 @@ def test_networks_predict_with_the_average_as_one_that_was_built_from_its_state(
     with torch.inference_mode():
         pairs = zip(network.eval()(image), fresh.eval()(image), strict=True)
         assert all(torch.equal(output, expected) for output, expected in pairs)
+
+
+def test_a_run_goes_on_with_an_average_or_without_one() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    raw = {"weight": torch.full((1, 1), 7.0)}
+    saved = {"raw_weights": raw, "num_updates": 3}
+    torch.nn.init.constant_(network.weight, 2.0)  # the average, as a checkpoint's network_weights
+    average = start_average(network, 0.5, saved)
+    assert average is not None and (network.weight.item(), average.average()["weight"].item()) == (7.0, 2.0)
+    assert average.num_updates == 3
+    torch.nn.init.constant_(network.weight, 2.0)
+    assert start_average(network, None, saved) is None and network.weight.item() == 7.0
+    assert start_average(network, None, {}) is None and network.weight.item() == 7.0

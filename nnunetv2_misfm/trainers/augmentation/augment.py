@@ -42,7 +42,11 @@ def augment(crops: Crops, patch_size: Sequence[int], augmentation: Augmentation,
                 f"volumes: expected at least the patch size {tuple(patch_size)}, got {tuple(volume.shape[1:])}."
             )
         patch.copy_(place(volume, patch_size, pose, augmentation.in_plane))
+    outside = (patches == 0).all(dim=1) if augmentation.masked else None
     change_intensities_(patches, augmentation, generator)
+    if outside is not None:
+        for channel in augmentation.masked:
+            patches[:, channel].masked_fill_(outside, 0)
     for patch, pose in zip(patches, crops.poses, strict=True):
         if pose.mirrored:
             patch.copy_(patch.flip([axis + 1 for axis in pose.mirrored]))

@@ -44,6 +44,7 @@ class Augmentation:
         gamma: Exponent of the channel's intensities scaled to 0..1, per channel.
         p_inverted_gamma: Share of samples whose negative goes through gamma.
         p_gamma: Share of samples with gamma, after and independent of the inverted one.
+        masked: Channels that are 0 outside of the mask of nnU-Net's masked normalisation, and are so again at the end.
     """
 
     mirror_axes: tuple[int, ...] = (0, 1, 2)
@@ -67,9 +68,12 @@ class Augmentation:
     gamma: tuple[float, float] = (0.7, 1.5)
     p_inverted_gamma: float = 0.1
     p_gamma: float = 0.3
+    masked: tuple[int, ...] = ()
 
 
-def nnunet_augmentation(rotation: Sequence[float], in_plane: bool, mirror_axes: Sequence[int]) -> Augmentation:
+def nnunet_augmentation(
+    rotation: Sequence[float], in_plane: bool, mirror_axes: Sequence[int], use_mask_for_norm: Sequence[bool] = ()
+) -> Augmentation:
     """Returns all of nnU-Net's augmentation.
 
     Args:
@@ -77,9 +81,15 @@ def nnunet_augmentation(rotation: Sequence[float], in_plane: bool, mirror_axes: 
             returns it.
         in_plane: Its `do_dummy_2d_data_aug`.
         mirror_axes: Its axes of mirroring.
+        use_mask_for_norm: Its configuration's, per channel.
     """
     low, high = rotation
-    return Augmentation(mirror_axes=tuple(mirror_axes), in_plane=in_plane, rotation=(float(low), float(high)))
+    return Augmentation(
+        mirror_axes=tuple(mirror_axes),
+        in_plane=in_plane,
+        rotation=(float(low), float(high)),
+        masked=tuple(channel for channel, masked in enumerate(use_mask_for_norm) if masked),
+    )
 
 
 def flips(mirror_axes: Sequence[int]) -> Augmentation:

@@ -179,3 +179,13 @@ def test_a_gpu_gets_the_same_numbers() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)
+
+
+def test_masked_channels_stay_zero_outside_of_the_mask() -> None:
+    ours = replace(flips((0,)), p_noise=1.0, noise=(0.5, 0.5), p_brightness=1.0, masked=(1,))
+    volumes = torch.zeros(2, 2, 8, 8, 8)
+    volumes[:, :, 2:6, 2:6, 2:6] = 1
+    patches = augmented(volumes, (8, 8, 8), ours, seeded())
+    inside = volumes[0, 0] == 1
+    assert (patches[:, 1][:, ~inside] == 0).all() and (patches[:, 1][:, inside] != 0).all()
+    assert (patches[:, 0] != 0).all()  # the other channel has its noise everywhere
