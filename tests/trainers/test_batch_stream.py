@@ -150,7 +150,7 @@ def test_a_worker_that_is_killed_ends_the_stream_with_an_error(make_stream: Any)
 
 
 @WORKERS_NEED_SIGNALS
-@pytest.mark.parametrize("name", ["TERM", "USR1"])
+@pytest.mark.parametrize("name", ["TERM", "USR1", "INT"])
 def test_a_schedulers_signal_ends_no_worker(make_stream: Any, name: str) -> None:
     stream = make_stream(2)
     numbers(stream, 1)
