@@ -59,7 +59,6 @@ def open_trainer(options: argparse.Namespace) -> PretextTrainer:
     dataset_json = load_json(os.path.join(folder, "dataset.json"))
     trainer = kind(plans, options.configuration, "all", dataset_json, torch.device(options.device))
     trainer.on_train_start()
-    trainer.interruption.release()
     trainer.network.train()
     return trainer
 

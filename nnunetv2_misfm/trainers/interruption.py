@@ -25,8 +25,12 @@ class Interruption:
         self._process = os.getpid()
 
     def watch(self, also: tuple[signal.Signals, ...] = ()) -> None:
-        """Notes `SIGNALS` and some more from now on, instead of ending at once (only in a process' main thread)."""
-        if threading.current_thread() is threading.main_thread():
+        """Notes `SIGNALS` and some more from now on, instead of ending at once (only in a process' main thread).
+
+        Processes that are forked meanwhile inherit the handlers, and Python drops a signal that arrives in the very
+        moment of the fork: start pools of processes before or after.
+        """
+        if not self._former and threading.current_thread() is threading.main_thread():
             for number in (*SIGNALS, *also):
                 self._former[number] = signal.signal(number, self._note)
 

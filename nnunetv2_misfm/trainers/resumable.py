@@ -202,7 +202,7 @@ class ResumableTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------ the run
 
     def on_train_start(self) -> None:
-        """Starts as nnU-Net does, then goes on where the checkpoint was written; from here on signals are noted."""
+        """Starts as nnU-Net does, then goes on where the checkpoint was written."""
         if self.local_rank == 0:
             for path in Path(self.output_folder).glob("checkpoint_*.pth.tmp"):  # of a process that was killed
                 path.unlink()
@@ -217,8 +217,12 @@ class ResumableTrainer(nnUNetTrainer):
                 )
         self._saved_state = None  # its tensors keep the file open
         self._replaces_former_run = not self.was_resumed
-        self.interruption.watch((signal.SIGINT,) if self.is_ddp else ())  # as which launchers pass others on
         self._last_checkpoint = monotonic()
+
+    def on_epoch_start(self) -> None:
+        """Starts an epoch as nnU-Net does; from the first one on signals are noted."""
+        self.interruption.watch((signal.SIGINT,) if self.is_ddp else ())  # as which launchers pass others on
+        super().on_epoch_start()
 
     def run_training(self) -> None:
         """Trains as nnU-Net does; a signal that also ended nnU-Net's data workers is obeyed between two steps."""
@@ -231,6 +235,8 @@ class ResumableTrainer(nnUNetTrainer):
             if self.interruption.requested is None:
                 raise
             self._end_early()
+        finally:
+            self.interruption.release()
 
     def on_train_epoch_start(self) -> None:
         """Starts an epoch as nnU-Net does; of one that was begun before, the rest is to do."""
