@@ -165,7 +165,7 @@ def refused(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("num_epoch=5", r"unknown key 'num_epoch'; known are attention_dropout, .*num_epochs, .*\(misfm\), those of "
+        ("num_epoch=5", r"unknown key 'num_epoch'; known are accumulate_steps, .*num_epochs, .*\(misfm\), those of "
                         r"masked_image_modelling, .*volume_fusion \(method.key\), .*batch_size, .*\(nnU-Net\) and"),
         ("misfm={}", "unknown key 'misfm'"),
         ("inherits_from=quick", "unknown key 'inherits_from'"),
