@@ -74,7 +74,7 @@ def with_nnunets_transforms(workspace: Workspace) -> UnlabelledBatches:
 class Noise:
     """Draws from the global generators, as nnU-Net's transforms do."""
 
-    def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"image": image + torch.rand(()) + 10 * np.random.rand()}
 
 
@@ -225,7 +225,7 @@ def test_no_global_generator_is_touched(workspace: Workspace) -> None:
     before = states()
     assert all(same(batches[number], batches[number]) for number in range(8))
     assert states() == before
-    broken = batches_of(numbered(2), transforms=lambda image: np.random.rand() + torch.rand(()) + None)
+    broken = batches_of(numbered(2), transforms=lambda image, segmentation: np.random.rand() + torch.rand(()) + None)
     with pytest.raises(TypeError):
         broken[0]
     assert states() == before
