@@ -167,7 +167,7 @@ class PretextTrainer(MisfmTrainer):
     # ------------------------------------------------------------------ data
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Returns training batches from nnU-Net's data workers and validation batches made in this process.
+        """Returns the streams of batches to train on and to validate with, the latter from half as many workers.
 
         Raises:
             MisfmError: Fewer than two cases to train on.
