@@ -74,6 +74,7 @@ class ResumableTrainer(nnUNetTrainer):
         self._done: list[float] = []  # losses of this epoch's steps, until it ends
         self._done_before: list[float] = []  # those of them that another process took
         self._step = 0  # of this epoch's training or validation
+        self._asked_to_end = False
         self._random_before_validation: dict[str, Any] | None = None  # in a validation, which is done anew
         self._last_checkpoint = monotonic()
         self._replaces_former_run = False  # until its first checkpoint
@@ -236,7 +237,8 @@ class ResumableTrainer(nnUNetTrainer):
                 raise
             self._end_early()
         finally:
-            self.interruption.release()
+            if not self._asked_to_end:  # else this process ends, undisturbed by what launchers send to the last ranks
+                self.interruption.release()
 
     def on_train_epoch_start(self) -> None:
         """Starts an epoch as nnU-Net does; of one that was begun before, the rest is to do."""
@@ -336,6 +338,7 @@ class ResumableTrainer(nnUNetTrainer):
         return shared.bool().tolist()
 
     def _end_early(self) -> None:
+        self._asked_to_end = True
         self._save_latest()
         if self.is_ddp:
             dist.barrier()  # else launchers end the first rank while it writes
@@ -368,12 +371,11 @@ class ResumableTrainer(nnUNetTrainer):
         """Ends as nnU-Net does; what it keeps for a resume goes."""
         super().on_train_end()
         self.end_workers()
-        self.interruption.release()
         if self.local_rank == 0:
             for path in Path(self.output_folder).glob(EARLIER.format("*")):
                 path.unlink()
-        (interrupted,) = self._on_any_rank(self.interruption.requested is not None)
-        if interrupted:
+        (self._asked_to_end,) = self._on_any_rank(self.interruption.requested is not None)
+        if self._asked_to_end:
             raise SystemExit(EXIT_CODE)
 
     def _set_former_run_aside(self) -> None:
