@@ -73,6 +73,7 @@ class ResumableTrainer(nnUNetTrainer):
         self._saved_state: dict[str, Any] | None = None
         self._done: list[float] = []  # losses of this epoch's steps, until it ends
         self._done_before: list[float] = []  # those of them that another process took
+        self.steps_per_epoch = self.num_iterations_per_epoch
         self._step = 0  # of this epoch's training or validation
         self._asked_to_end = False
         self._random_before_validation: dict[str, Any] | None = None  # in a validation, which is done anew
