@@ -9,6 +9,7 @@ among all processes for the number of a GPU.
 import argparse
 import os
 import sys
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nnunetv2_misfm._startup import SEARCH_PATH_VARIABLE
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.scripts import search_path
 from nnunetv2_misfm.trainers.base import MisfmTrainer
-from nnunetv2_misfm.trainers.resumable import BEST
+from nnunetv2_misfm.trainers.resumable import BEST, FINAL, LATEST
 from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
 from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
 
@@ -223,11 +224,11 @@ def require_shared_results(folder: Path) -> None:
     Raises:
         MisfmError: The ranks find different checkpoints.
     """
-    written = {
-        path.name: datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-        for path in folder.glob("checkpoint_*.pth")
-    }
-    mine = ", ".join(f"{name} of {written[name].isoformat()}" for name in sorted(written)) or "none"
+    written = []
+    for name in (FINAL, LATEST, BEST):
+        with suppress(FileNotFoundError), open(folder / name, "rb") as file:  # opened: NFS may answer stat from memory
+            written.append(f"{name} of {datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, timezone.utc)}")
+    mine = ", ".join(written) or "none"
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     if other := next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None):
