@@ -21,3 +21,7 @@ SWIN_UNETR = (
     "Hatamizadeh et al., Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images, "
     "BrainLes 2021 (published 2022), arXiv:2201.01266"
 )
+HERMES = (
+    "Gao et al., Training Like a Medical Resident: Context-Prior Learning Toward Universal Medical Image Segmentation, "
+    "CVPR 2024, arXiv:2306.02416"
+)

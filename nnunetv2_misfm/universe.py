@@ -1,7 +1,8 @@
 """What one universal model knows: its tasks and modalities, and how each source dataset's labels map to them.
 
-Plans hold it as plain data under `misfm_universal`: the plans of the universal dataset, and those of every source, which
-also say which source they answer for. So a model folder of nnU-Net, with its `plans.json`, is all that prediction needs.
+Plans hold it as plain data under `misfm_universal`: the plans of the universal dataset, and those of every source,
+which also say which source they answer for. So a model folder of nnU-Net, with its `plans.json`, is all that
+prediction needs.
 """
 
 from collections.abc import Mapping
@@ -101,6 +102,14 @@ class Universe:
     def answering(self, dataset: str) -> "Universe":
         """Returns the same for the plans of one source."""
         return replace(self, source=dataset)
+
+    def source_plans_name(self, plans_name: str) -> str:
+        """Returns the name of the plans under which a source is preprocessed and predicted, e.g. nnUNetPlansOf950.
+
+        Args:
+            plans_name: Name of the universal dataset's plans.
+        """
+        return f"{plans_name}Of{int(self.dataset.removeprefix('Dataset')[:3])}"
 
     @property
     def max_tasks(self) -> int:

@@ -114,8 +114,8 @@ class Fusion(nn.Module):
 class ContextPriorNetwork(nn.Module):
     """A U-Net of nnU-Net's or PCT-Net, with context priors. All arguments are plain data, fit for a checkpoint.
 
-    Encoder and decoder keep the names that they have in the bare network, so that weights move either way. Its heads are
-    left out: the kernels of the tasks take their place.
+    Encoder and decoder keep the names that they have in the bare network, so that weights move either way. Its heads
+    are left out: the kernels of the tasks take their place.
 
     Args:
         input_channels: Channels of the image.

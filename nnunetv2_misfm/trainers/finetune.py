@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
@@ -22,7 +23,7 @@ from nnunetv2_misfm.trainers.dimension import require_3d
 from nnunetv2_misfm.trainers.recipe import known_methods
 from nnunetv2_misfm.weights.checkpoint import file_sha256, network_weights, read_checkpoint, tensors_sha256
 from nnunetv2_misfm.weights.nnssl import is_nnssl, transfer_from_nnssl
-from nnunetv2_misfm.weights.transfer import HEAD_MARK, transfer_weights
+from nnunetv2_misfm.weights.transfer import HEAD_MARK, TransferReport, transfer_weights
 
 WEIGHTS_VARIABLE = "nnUNet_misfm_weights"
 REPORT_NAME = "pretrained_weights.json"
@@ -32,10 +33,12 @@ class FinetuneTrainer(MisfmTrainer):
     """Base of the trainers that start from pretrained weights and never from scratch in silence.
 
     Attributes:
-        pretrain_trainer: Name of the matching `...Pretrain` trainer.
+        pretrain_trainer: Name of the matching `...Pretrain` trainer; empty where any weights will do.
+        needs_weights: Whether it is an error that nobody names any.
     """
 
     pretrain_trainer: ClassVar[str]
+    needs_weights: ClassVar[bool] = True
 
     @classmethod
     def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
@@ -59,13 +62,18 @@ class FinetuneTrainer(MisfmTrainer):
             MisfmError: No weights found, or weights that do not fit; before the first epoch.
         """
         if not self.was_resumed:  # else the checkpoint held all weights and the account of where they came from
-            self._report(self._take_weights())
+            account = self._take_weights()
+            if account is not None:
+                self._report(account)
         super().on_train_start()
 
-    def _take_weights(self) -> dict[str, Any]:
-        """Loads pretrained weights unless nnU-Net's flag already did, and returns the account."""
+    def _take_weights(self) -> dict[str, Any] | None:
+        """Loads pretrained weights unless nnU-Net's flag already did, and returns the account of what was loaded."""
         if self.was_initialized and self._body_sha256() != self._initial_weights:
             return self._account_of_flag()
+        named = self.recipe.pretrained_weights or os.environ.get(WEIGHTS_VARIABLE)
+        if not (self.needs_weights or named):
+            return None
         file, route = self.find_weights()  # before the network is built: fails early
         if not self.was_initialized:
             self.initialize()
@@ -126,8 +134,7 @@ class FinetuneTrainer(MisfmTrainer):
                     f"(transfer: encoder, where the recipe says {self.recipe.transfer})."
                 )
             else:
-                given = checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0)
-                report = transfer_weights(weights, self.bare_network, self.recipe.transfer, labels, given)
+                report = self._transfer(checkpoint, weights)
         except MisfmError as error:
             raise MisfmError(f"pretrained weights {file} (by {route}): {error}") from error
         self.print_to_log_file(f"Pretrained weights: {file}, by {route}: {report.summary()}")
@@ -136,6 +143,11 @@ class FinetuneTrainer(MisfmTrainer):
         for name, why in report.fresh.items():
             self.print_to_log_file(f"  left fresh {name}: {why}")
         return {"route": route, "file": str(file), "sha256": file_sha256(file), "method": method, **report.as_dict()}
+
+    def _transfer(self, checkpoint: dict[str, Any], weights: dict[str, torch.Tensor]) -> TransferReport:
+        """Moves the weights of a checkpoint of ours or nnU-Net's into the network."""
+        given = checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0)
+        return transfer_weights(weights, self.bare_network, self.recipe.transfer, self.num_label_channels, given)
 
     def _require_method(self, checkpoint: dict[str, Any]) -> str | None:
         """Returns the method by which a checkpoint was trained, None where it does not say.

@@ -6,6 +6,7 @@ import gives. A new trainer is one more line here.
 
 from nnunetv2_misfm.trainers.baseline import nnUNetTrainerBaseline
 from nnunetv2_misfm.trainers.fmunet import nnUNetTrainerFMUNet
+from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
 from nnunetv2_misfm.trainers.masked_image_modelling import (
     nnUNetTrainerMIM,
     nnUNetTrainerMIMPretrain,
@@ -40,6 +41,7 @@ __all__ = [
     "nnUNetTrainerFMUNet",
     "nnUNetTrainerFMUNetVF",
     "nnUNetTrainerFMUNetVFPretrain",
+    "nnUNetTrainerHermes",
     "nnUNetTrainerMIM",
     "nnUNetTrainerMIMPretrain",
     "nnUNetTrainerModelsGenesis",

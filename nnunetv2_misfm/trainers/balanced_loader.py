@@ -1,0 +1,83 @@
+"""nnU-Net's loaders of crops, with cases drawn so that large datasets do not drown small ones."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_misfm.universe import Universe
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.trainers.base import MisfmTrainer
+
+
+def case_probabilities(
+    cases: Sequence[str], universe: Universe, balance: float, weights: Sequence[float] | None
+) -> np.ndarray:
+    """Returns how probable each case is in a draw, (cases,), their sum 1.
+
+    Args:
+        cases: Names in the universal dataset.
+        universe: Whose cases they are.
+        balance: A dataset of n cases is drawn in proportion to n ** balance: 1 draws every case alike, 0 every dataset.
+        weights: Of each dataset of the universe, in place of n ** balance.
+    """
+    sizes = Counter(universe.source_of(case).dataset for case in cases)
+    if weights is None:
+        wanted = {dataset: size**balance for dataset, size in sizes.items()}
+    else:
+        wanted = {source.dataset: weight for source, weight in zip(universe.sources, weights, strict=True)}
+    dataset_of = [universe.source_of(case).dataset for case in cases]
+    shares = np.array([wanted[dataset] / sizes[dataset] for dataset in dataset_of])
+    return shares / shares.sum()
+
+
+def make_loader(
+    trainer: "MisfmTrainer",
+    dataset: nnUNetBaseDataset,
+    crop_size: Sequence[int],
+    transforms: BasicTransform,
+    probabilities: np.ndarray,
+    num_processes: int,
+) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
+    """Returns nnU-Net's loader of a dataset's crops, as nnU-Net sets it up but for the probabilities of the cases.
+
+    Args:
+        trainer: Its batch size, patch and oversampling of foreground are used (the class of a crop's centre is drawn
+            among those of the case, so every task of it alike).
+        dataset: The cases.
+        crop_size: Edges (D, H, W) of a crop before the transforms.
+        transforms: What happens to a crop.
+        probabilities: Of each case of the dataset.
+        num_processes: That make batches; 0 makes them in this one.
+    """
+    loader = nnUNetDataLoader(
+        dataset,
+        trainer.batch_size,
+        crop_size,
+        trainer.configuration_manager.patch_size,
+        trainer.label_manager,
+        oversample_foreground_percent=trainer.oversample_foreground_percent,
+        sampling_probabilities=probabilities,
+        transforms=transforms,
+        probabilistic_oversampling=trainer.probabilistic_oversampling,
+    )
+    if num_processes == 0:
+        return SingleThreadedAugmenter(loader, None)
+    return NonDetMultiThreadedAugmenter(
+        loader, None, num_processes, num_cached=max(6, num_processes // 2), pin_memory=trainer.device.type == "cuda",
+        wait_time=0.002,
+    )  # fmt: skip
+
+
+def num_worker_processes() -> tuple[int, int]:
+    """Returns nnU-Net's numbers of processes that make batches for training and for validation."""
+    allowed = get_allowed_n_proc_DA()
+    return allowed, max(1, allowed // 2) if allowed else 0

@@ -1,0 +1,136 @@
+"""How well a universal model does on each of its datasets while it trains: whole validation cases, by sliding window.
+
+nnU-Net's curves are of random crops, over all tasks at once. Here cases are predicted whole, in the convention of
+their own dataset, and compared on the preprocessed grid; nothing is resampled back, mirrored or written as an image.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_misfm.trainers.source_models import source_files
+from nnunetv2_misfm.universe import Source, Universe
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.trainers.base import MisfmTrainer
+
+TABLE_NAME = "evaluation_per_dataset.csv"
+_HEADER = ("epoch", "dataset", "task", "dice", "cases")
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """Dice of one task in one case: 0 to 1."""
+
+    dataset: str
+    task: int
+    dice: float
+
+
+def chosen_cases(cases: Sequence[str], universe: Universe, number: int) -> list[str]:
+    """Returns up to `number` cases of each source, evenly spread over their sorted names."""
+    chosen: list[str] = []
+    for source in universe.sources:
+        mine = sorted(case for case in cases if universe.source_of(case) is source)
+        wanted = min(number, len(mine))
+        chosen += [mine[i * len(mine) // wanted] for i in range(wanted)]
+    return chosen
+
+
+def dice_of_tasks(predicted: np.ndarray, truth: np.ndarray, source: Source) -> list[float]:
+    """Returns the Dice of each task of a source, nan where neither map holds the structure.
+
+    Args:
+        predicted: Label map (D, H, W) in the source's values.
+        truth: Likewise; its unlabelled voxels are left out.
+        source: The dataset.
+    """
+    labelled = truth != (-1 if source.ignore_label is None else source.ignore_label)
+    scores = []
+    for values in source.values:
+        said, true = (np.isin(labels, values) & labelled for labels in (predicted, truth))
+        total = said.sum() + true.sum()
+        scores.append(float(2 * (said & true).sum() / total) if total else float("nan"))
+    return scores
+
+
+def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBaseDataset) -> list[CaseScore]:
+    """Returns the scores of all tasks in all cases of a dataset object of the universal dataset.
+
+    Args:
+        trainer: Its network and device are used.
+        universe: The tasks.
+        dataset: The cases to predict.
+    """
+    scores: list[CaseScore] = []
+    predictor, former = None, None
+    network: Any = trainer.bare_network
+    was_training = network.training
+    network.eval()
+    try:
+        for case in dataset.identifiers:
+            source = universe.source_of(case)
+            if source is not former:
+                predictor, former = source_predictor(trainer, universe, source), source
+                network.answer_for(source.tasks, source.modality, background=not source.has_regions)
+            assert predictor is not None
+            data, segmentation, _, _ = dataset.load_case(case)
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.array(data[:])))
+            predicted = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits.cpu().float()))
+            found = dice_of_tasks(predicted, np.array(segmentation[0]), source)
+            scores += [CaseScore(source.dataset, t, d) for t, d in zip(source.tasks, found, strict=True)]
+    finally:
+        network.answer_for(None)
+        network.train(was_training)
+    return scores
+
+
+def source_predictor(trainer: "MisfmTrainer", universe: Universe, source: Source) -> nnUNetPredictor:
+    """Returns nnU-Net's predictor of the trainer's network in the convention of a source, without mirroring."""
+    plans, dataset_json = source_files(trainer, universe, source)
+    manager = PlansManager(plans)
+    predictor = nnUNetPredictor(
+        use_mirroring=False, perform_everything_on_device=trainer.device.type == "cuda", device=trainer.device,
+        allow_tqdm=False,
+    )  # fmt: skip
+    predictor.manual_initialization(
+        trainer.bare_network, manager, manager.get_configuration(trainer.configuration_name), None, dataset_json,
+        type(trainer).__name__, None,
+    )  # fmt: skip
+    return predictor
+
+
+def write_scores(scores: Sequence[CaseScore], universe: Universe, epoch: int, folder: Path) -> list[str]:
+    """Appends the mean Dice of each dataset's tasks to a table, and returns a line per dataset for the log.
+
+    Args:
+        scores: Of all cases; a structure that is nowhere in a case, neither predicted, does not count.
+        universe: The tasks.
+        epoch: The epoch that has just ended.
+        folder: Where the table lies.
+    """
+    table = folder / TABLE_NAME
+    rows: list[tuple[Any, ...]] = []
+    lines = []
+    for source in universe.sources:
+        means = []
+        for task in source.tasks:
+            found = [s.dice for s in scores if (s.dataset, s.task) == (source.dataset, task) and not np.isnan(s.dice)]
+            if found:
+                means.append(float(np.mean(found)))
+                rows.append((epoch, source.dataset, universe.tasks[task], f"{means[-1]:.4f}", len(found)))
+        if means:
+            lines.append(f"Evaluation of whole cases, {source.dataset}: mean Dice {np.mean(means):.4f}")
+    is_new = not table.is_file()
+    with open(table, "a", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([_HEADER, *rows] if is_new else rows)
+    return lines
