@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunetv2_misfm import __version__, installation
+from nnunetv2_misfm.cli_priors import add_priors_command
+from nnunetv2_misfm.cli_universal import add_universal_command
 from nnunetv2_misfm.errors import MisfmError
 
 
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         more = (
             "; the same command goes on where it was"
-            if options.command in ("import", "preprocess", "benchmark")
+            if options.command in ("import", "preprocess", "universal", "benchmark")
             else ""
         )
         print(f"nnUNetv2_misfm {options.command}: stopped{more}.", file=sys.stderr)
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite-plans-name", default="nnUNetPCTNetPlans", metavar="NAME", help="default: nnUNetPCTNetPlans"
     )
 
+    add_universal_command(add)
+    add_priors_command(add)
     _add_preview_command(add)
 
     command = add("convert", _convert, "Make released MIS-FM weights, or any fitted to a dataset, fit for nnU-Net.")

@@ -119,7 +119,7 @@ def draw_priors(checkpoint: Path, output: Path) -> str:
         MisfmError: Not a universal model's checkpoint, or a file that cannot be read or written.
     """
     content = read_checkpoint(checkpoint)
-    plans = content.get("init_args", {}).get("plans", {})
+    plans = (content.get("init_args") or {}).get("plans", {})
     weights = network_weights(content, checkpoint)
     if PLANS_KEY not in plans or not any(name.endswith(".task_tokens") for name in weights):
         raise MisfmError(

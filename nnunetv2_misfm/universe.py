@@ -55,6 +55,7 @@ class Universe:
         modalities: Name of each modality, by its number.
         sources: The joined datasets.
         source: Name of the dataset whose convention plans answer in; None in the universal dataset's own plans.
+        extends: Name of the universal dataset whose tasks and modalities come first here, under the same numbers.
     """
 
     dataset: str
@@ -62,6 +63,7 @@ class Universe:
     modalities: tuple[str, ...]
     sources: tuple[Source, ...]
     source: str | None = None
+    extends: str | None = None
 
     @classmethod
     def from_plans(cls, plans: Mapping[str, Any]) -> "Universe":
@@ -93,6 +95,7 @@ class Universe:
                 for source in content["sources"]
             ),
             content["source"],
+            content["extends"],
         )
 
     def as_dict(self) -> dict[str, Any]:

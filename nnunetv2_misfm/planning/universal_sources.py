@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,11 +108,13 @@ def read_sources(datasets: Sequence[str], modalities: Mapping[int, str]) -> list
     sources = [_read_source(dataset, modalities.get(dataset_number(dataset))) for dataset in datasets]
     first = sources[0]
     for source in sources[1:]:
-        if len(source.channels) != len(first.channels) or (len(first.channels) > 1 and source.channels != first.channels):
+        if len(source.channels) != len(first.channels) or (
+            len(first.channels) > 1 and source.channels != first.channels
+        ):
             raise MisfmError(
                 f"expected datasets of the same channels in the same order, got {_listed(first.channels)} in "
-                f"{first.dataset} and {_listed(source.channels)} in {source.dataset}: join each with those of its kind, "
-                "or say with --modality what their channels are."
+                f"{first.dataset} and {_listed(source.channels)} in {source.dataset}: join each with those of its "
+                "kind, or say with --modality what their channels are."
             )
     return sources
 
@@ -120,7 +123,9 @@ def _read_source(dataset: str, modality: str | None) -> RawSource:
     folder = Path(str(nnUNet_raw)) / dataset
     file = folder / "dataset.json"
     if not file.is_file():
-        raise MisfmError(f"expected the raw dataset's description at {file}, found none: its images and labels are needed.")
+        raise MisfmError(
+            f"expected the raw dataset's description at {file}, found none: its images and labels are needed."
+        )
     description = read_json(file)
     marks = description.get("misfm", {})
     if UNIVERSAL in marks:
@@ -156,8 +161,8 @@ def _channels(dataset: str, description: Mapping[str, Any], modality: str | None
     for name in names:
         if _SAYS_NOTHING.fullmatch(str(name).strip()):
             raise MisfmError(
-                f"expected channel_names of {dataset} that tell the modality (CT, MRI, T1, PET, ...), got {name!r}: say "
-                f"it with --modality {number}={'+'.join(['CT'] * len(names))}, say."
+                f"expected channel_names of {dataset} that tell the modality (CT, MRI, T1, PET, ...), got {name!r}: "
+                f"say it with --modality {number}={'+'.join(['CT'] * len(names))}, say."
             )
     return tuple(_spelt(str(name)) for name in names)
 
@@ -186,7 +191,7 @@ def _classes(manager: LabelManager, file: Path) -> dict[str, tuple[int, ...]]:
 
 def _cases(folder: Path, description: dict[str, Any], num_channels: int) -> tuple[Case, ...]:
     try:
-        found = get_filenames_of_train_images_and_targets(str(folder), dict(description))
+        found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(description))  # it makes paths absolute
     except (OSError, KeyError) as error:
         raise MisfmError(f"the training cases of {folder} could not be listed ({error!r}).") from error
     if not found:
@@ -200,7 +205,9 @@ def _cases(folder: Path, description: dict[str, Any], num_channels: int) -> tupl
             )
         missing = [file for file in (*case.images, case.label) if not Path(file).is_file()]
         if missing:
-            raise MisfmError(f"{missing[0]} is missing: case {name} of {folder.name} needs it; add it or remove the case.")
+            raise MisfmError(
+                f"{missing[0]} is missing: case {name} of {folder.name} needs it; add it or remove the case."
+            )
         cases.append(case)
     return tuple(cases)
 
@@ -211,7 +218,9 @@ def _reader(description: Mapping[str, Any], case: Case) -> str:
         try:
             return determine_reader_writer_from_dataset_json(description, case.images[0], verbose=False).__name__
         except RuntimeError as error:
-            raise MisfmError(f"{case.images[0]} can be read by none of nnU-Net's readers: mend or remove it.") from error
+            raise MisfmError(
+                f"{case.images[0]} can be read by none of nnU-Net's readers: mend or remove it."
+            ) from error
 
 
 def check_cases(sources: Sequence[RawSource], processes: int) -> dict[str, int | None]:

@@ -38,7 +38,7 @@ class FinetuneTrainer(MisfmTrainer):
     """
 
     pretrain_trainer: ClassVar[str]
-    needs_weights: ClassVar[bool] = True
+    needs_weights: bool = True
 
     @classmethod
     def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
@@ -71,8 +71,7 @@ class FinetuneTrainer(MisfmTrainer):
         """Loads pretrained weights unless nnU-Net's flag already did, and returns the account of what was loaded."""
         if self.was_initialized and self._body_sha256() != self._initial_weights:
             return self._account_of_flag()
-        named = self.recipe.pretrained_weights or os.environ.get(WEIGHTS_VARIABLE)
-        if not (self.needs_weights or named):
+        if not (self.needs_weights or self._named_weights()):
             return None
         file, route = self.find_weights()  # before the network is built: fails early
         if not self.was_initialized:
@@ -87,10 +86,8 @@ class FinetuneTrainer(MisfmTrainer):
         Raises:
             MisfmError: No route leads to a file, or two finished pretraining runs could be meant.
         """
-        if self.recipe.pretrained_weights:
-            return Path(self.recipe.pretrained_weights), "misfm.pretrained_weights in the plans"
-        if os.environ.get(WEIGHTS_VARIABLE):
-            return Path(os.environ[WEIGHTS_VARIABLE]), f"the variable {WEIGHTS_VARIABLE}"
+        if named := self._named_weights():
+            return named
         for fold in dict.fromkeys(["all", self.fold]):
             found = [file for file in self._pretraining_results(fold) if file.is_file()]
             if len(found) > 1:
@@ -113,6 +110,14 @@ class FinetuneTrainer(MisfmTrainer):
             f"{self.pretrain_trainer} in {looked_in}. To pretrain: nnUNetv2_train {dataset} "
             f"{single_stage} all -tr {self.pretrain_trainer} -p {plans}"
         )
+
+    def _named_weights(self) -> tuple[Path, str] | None:
+        """Returns the file that the plans or the variable name, and which of them does; None where neither does."""
+        if self.recipe.pretrained_weights:
+            return Path(self.recipe.pretrained_weights), "misfm.pretrained_weights in the plans"
+        if os.environ.get(WEIGHTS_VARIABLE):
+            return Path(os.environ[WEIGHTS_VARIABLE]), f"the variable {WEIGHTS_VARIABLE}"
+        return None
 
     def _pretraining_results(self, fold: int | str) -> list[Path]:
         """Returns where runs on this configuration, and on those that it inherits from, keep their final weights."""

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
@@ -30,7 +30,7 @@ from nnunetv2_misfm.architectures.context_prior import Sample
 from nnunetv2_misfm.citations import HERMES, NNUNET
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.trainers.balanced_loader import case_probabilities, make_loader, num_worker_processes
-from nnunetv2_misfm.trainers.finetune import FinetuneTrainer
+from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE, FinetuneTrainer
 from nnunetv2_misfm.trainers.partial_label_loss import PartialLabelLoss, counts
 from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, require
 from nnunetv2_misfm.trainers.resumable import BEST, FINAL
@@ -75,14 +75,14 @@ class HermesRecipe(MethodRecipe):
 class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention for trainers
     """One model for all datasets that `nnUNetv2_misfm universal` joined; from scratch, or from any weights that fit.
 
-    Under a source's plans it only predicts and validates (`--val`).
+    One that extends an earlier universal model starts from that one's. Under a source's plans it only predicts and
+    validates (`--val`).
     """
 
     method = HermesRecipe
     recipe_defaults: ClassVar[Recipe] = Recipe(optimizer="adamw", initial_lr=1e-3, weight_decay=1e-5, warmup_epochs=5)
     citations: ClassVar[tuple[str, ...]] = (NNUNET, HERMES)
     pretrain_trainer = ""
-    needs_weights = False
     method_recipe: HermesRecipe
 
     def __init__(
@@ -100,6 +100,7 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         expected = f"one per dataset, {', '.join(source.dataset for source in self.universe.sources)}"
         fits = weights is None or len(weights) == len(self.universe.sources)
         require(fits, "hermes.dataset_weights", expected, weights)
+        self.needs_weights = self.universe.extends is not None
 
     @property
     def own_source(self) -> Source | None:
@@ -158,10 +159,51 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
     def _build_loss(self) -> nn.Module:
         return PartialLabelLoss(self.method_recipe.modality_loss_weight, across_ranks=self.is_ddp)
 
+    def find_weights(self) -> tuple[Path, str]:
+        """Returns the weights that are named, else those of the universal model that this one extends.
+
+        Of that one the same fold counts, since another fold's training cases may be held out here.
+
+        Raises:
+            MisfmError: There are none.
+        """
+        if named := self._named_weights():
+            return named
+        run = f"{type(self).__name__}__{self.plans_manager.plans_name}"
+        folder = Path(str(nnUNet_results)) / str(self.universe.extends)
+        found = [folder / f"{run}__{name}" / f"fold_{self.fold}" / FINAL for name in self.lineage()]
+        for file in found:
+            if file.is_file():
+                return file, f"the finished run on {self.universe.extends}, which this one extends"
+        raise MisfmError(
+            f"{self.universe.dataset} extends {self.universe.extends}: expected its trained weights at {found[0]}, "
+            "found none; train it first, or name others with misfm.pretrained_weights in the plans or the variable "
+            f"{WEIGHTS_VARIABLE}."
+        )
+
     def _transfer(self, checkpoint: dict[str, Any], weights: dict[str, torch.Tensor]) -> TransferReport:
         plans = (checkpoint.get("init_args") or {}).get("plans", {})
         known = Universe.from_plans(plans) if PLANS_KEY in plans else None
-        return transfer_to_universal(weights, known, self.bare_network, self.universe, self.recipe.transfer)
+        labels = checkpoint.get("misfm_meta", {}).get("network", {}).get("label_channels", 0)
+        return transfer_to_universal(weights, known, self.bare_network, self.universe, self.recipe.transfer, labels)
+
+    def _account_of_flag(self) -> dict[str, Any]:
+        """Returns the account of what nnU-Net's flag loaded, which copies a pool's rows by their place.
+
+        Raises:
+            MisfmError: The file's tasks or modalities are others, or in another order.
+        """
+        account = super()._account_of_flag()
+        plans = (read_checkpoint(account["file"]).get("init_args") or {}).get("plans", {}) if account["file"] else {}
+        if PLANS_KEY in plans:
+            theirs = Universe.from_plans(plans)
+            if (theirs.tasks, theirs.modalities) != (self.universe.tasks, self.universe.modalities):
+                raise MisfmError(
+                    f"-pretrained_weights expected the tasks and modalities of {self.universe.dataset} in the same "
+                    f"order, got those of {theirs.dataset}: name the file with misfm.pretrained_weights in the plans or the "
+                    f"variable {WEIGHTS_VARIABLE}, which go by names."
+                )
+        return account
 
     # ------------------------------------------------------------------ data
 

@@ -100,7 +100,7 @@ def _rows_by_name(rows: torch.Tensor, theirs: Sequence[str], target: torch.Tenso
     filled = target.detach().clone()
     for i, name in enumerate(ours):
         if name in theirs:
-            filled[i] = rows[i % len(theirs)].to(filled)
+            filled[i] = rows[theirs.index(name)].to(filled)
     return filled
 
 
