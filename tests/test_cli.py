@@ -28,7 +28,8 @@ from nnunetv2_misfm.installation import Finding
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = (
-    *("path", "enable", "disable", "check", "import", "preprocess", "configure", "plan", "preview", "convert"),
+    *("path", "enable", "disable", "check", "import", "preprocess", "configure", "plan"),
+    *("universal", "priors", "preview", "convert"),
     *("benchmark", "report", "demo"),
 )
 

@@ -8,7 +8,7 @@ modality. Around a ResidualEncoderUNet this is Hermes-R.
 
 Deliberately unlike the published code (which carries no licence; none of it is here):
 
-- Features attend to the tasks that the sample's dataset labels, given as `Context.present`, and to no others. The
+- Features attend to the tasks that the sample's dataset labels, and to no others; what is asked is another matter. The
   published code lets padding and every task that is asked take part, so that an answer depends on its neighbours.
 - No token stands for "no task", and no row of a pool is unused.
 
@@ -37,17 +37,20 @@ Side = Literal["encoder", "decoder"]
 
 
 class Context(NamedTuple):
-    """What is asked of each sample, and what its dataset labels.
+    """What a sample's dataset labels, its modality, and what is asked.
 
     Attributes:
-        tasks: int64 (B, T), numbers of the tasks that are asked; any number where there is nothing to ask.
-        present: bool (B, T), which of them the sample's dataset labels: these the features attend to.
+        labelled: int64 (B, L), numbers of the tasks that the sample's dataset labels, padded with any task's number.
+        present: bool (B, L), which of them are no padding: these the features attend to.
         modality: int64 (B,), number of the sample's modality.
+        asked: int64 (B, T), numbers of the tasks to answer; None asks what is labelled. It changes no answer which
+            other tasks are asked.
     """
 
-    tasks: Tensor
+    labelled: Tensor
     present: Tensor
     modality: Tensor
+    asked: Tensor | None = None
 
 
 class Sample(NamedTuple):
@@ -63,7 +66,13 @@ class Sample(NamedTuple):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Sample":
         """Returns the same on a device."""
-        context = Context(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.context))
+        labelled, present, modality, asked = self.context
+        context = Context(
+            labelled.to(device, non_blocking=non_blocking),
+            present.to(device, non_blocking=non_blocking),
+            modality.to(device, non_blocking=non_blocking),
+            None if asked is None else asked.to(device, non_blocking=non_blocking),
+        )
         return Sample(self.image.to(device, non_blocking=non_blocking), context)
 
 
@@ -98,17 +107,20 @@ class Fusion(nn.Module):
             context: What is asked of each sample.
 
         Returns:
-            Features (B, C, D, H, W), posterior task tokens (B, T, C), mean posterior modality token (B, C).
+            Features (B, C, D, H, W), posterior tokens of the asked tasks (B, T, C), mean posterior modality token
+            (B, C).
         """
-        num_tasks = context.tasks.shape[1]
-        priors = torch.cat((self.task_tokens[context.tasks], self.modality_tokens[context.modality]), 1)
-        known = context.present.new_ones(1, 1).expand(x.shape[0], MODALITY_TOKENS)
-        visible = torch.cat((context.present, known), 1)
-        features = x.flatten(2).transpose(1, 2)
+        tokens = [self.modality_tokens[context.modality], self.task_tokens[context.labelled]]
+        visible = [context.present.new_ones((x.shape[0], MODALITY_TOKENS)), context.present]
+        if context.asked is not None:
+            tokens.append(self.task_tokens[context.asked])
+            visible.append(torch.zeros_like(context.asked, dtype=torch.bool))
+        priors, seen = torch.cat(tokens, 1), torch.cat(visible, 1)
+        features = x.flatten(2).transpose(1, 2).contiguous()  # else every LayerNorm copies it
         for block in self.blocks:
-            features, priors = block(features, priors, visible)
-        tasks, modality = priors.split((num_tasks, MODALITY_TOKENS), 1)
-        return features.transpose(1, 2).reshape(x.shape), tasks, modality.mean(1)
+            features, priors = block(features, priors, seen)
+        tasks = priors[:, -tokens[-1].shape[1] :]
+        return features.transpose(1, 2).reshape(x.shape).contiguous(), tasks, priors[:, :MODALITY_TOKENS].mean(1)
 
 
 class ContextPriorNetwork(nn.Module):

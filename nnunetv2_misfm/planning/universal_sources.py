@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import igzip
 from nnunetv2.imageio.reader_writer_registry import (
     determine_reader_writer_from_dataset_json,
     recursive_find_reader_writer_by_name,
@@ -34,6 +35,8 @@ _SAYS_NOTHING = re.compile(
     r"data|intensity|unknown|none|default|input)?[\s_-]*\d*",
     re.IGNORECASE,
 )
+# Bytes of a compressed file read at a time (ours)
+_CHUNK = 2**20
 # Half a right angle: beyond it another axis of the array is nearer to left-right
 _COS_45 = 0.5**0.5
 
@@ -295,10 +298,20 @@ def _open(opening: _Opening) -> int | None:
 
 def _read(read: Any, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
     try:
+        for file in files:
+            _read_to_the_checksum(file)
         return read(files)
     except Exception as error:  # whatever a reader of nnU-Net or a library below it says of a damaged file
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise MisfmError(f"{', '.join(files)} could not be read ({reason}): mend or remove the case.") from error
+
+
+def _read_to_the_checksum(file: str) -> None:
+    """Raises where a compressed file is cut off: ITK's NIfTI reader fills what is missing with zeros, in silence."""
+    if file.lower().endswith(".gz"):
+        with igzip.open(file) as stream:
+            while stream.read(_CHUNK):
+                pass
 
 
 def left_right_axis(properties: Mapping[str, Any]) -> int | None:

@@ -63,7 +63,8 @@ def number_tasks(
                 num_cases=len(source.cases),
             )
         )
-    return Universe(dataset, tuple(tasks), tuple(modalities), tuple(described))
+    extends = None if base is None else base.dataset
+    return Universe(dataset, tuple(tasks), tuple(modalities), tuple(described), extends=extends)
 
 
 def _known_numbers(base: Universe, sources: Sequence[RawSource]) -> dict[_Class, int]:

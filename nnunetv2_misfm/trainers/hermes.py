@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
@@ -200,8 +201,8 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             if (theirs.tasks, theirs.modalities) != (self.universe.tasks, self.universe.modalities):
                 raise MisfmError(
                     f"-pretrained_weights expected the tasks and modalities of {self.universe.dataset} in the same "
-                    f"order, got those of {theirs.dataset}: name the file with misfm.pretrained_weights in the plans or the "
-                    f"variable {WEIGHTS_VARIABLE}, which go by names."
+                    f"order, got those of {theirs.dataset}: name the file with misfm.pretrained_weights in the plans "
+                    f"or the variable {WEIGHTS_VARIABLE}, which go by names."
                 )
         return account
 
@@ -287,7 +288,7 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         with torch.no_grad(), torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
             answer = self.network(batch["data"])
             loss = self.loss(answer, batch["target"])
-        found = counts(answer, batch["target"], batch["data"].context.tasks, len(self.universe.tasks))
+        found = counts(answer, batch["target"], batch["data"].context.labelled, len(self.universe.tasks))
         names = ("tp_hard", "fp_hard", "fn_hard")
         return {
             "loss": loss.cpu().numpy(),
@@ -324,7 +325,8 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             gathered: list[Any] = [None] * num_ranks
             dist.all_gather_object(gathered, scores)
             scores = [score for of_rank in gathered for score in of_rank]
-        if self.local_rank == 0:
+        (cut_short,) = self._on_any_rank(self.interruption.requested is not None)
+        if self.local_rank == 0 and not cut_short:
             for line in write_scores(scores, self.universe, self.current_epoch, Path(self.output_folder)):
                 self.print_to_log_file(line)
         empty_cache(self.device)
@@ -336,8 +338,22 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             write_source_models(self, self.universe, (FINAL, BEST))
 
     def load_checkpoint(self, filename: str) -> None:
-        """Resumes; of a source's model folder only weights are there to be loaded."""
+        """Resumes; of a source's model folder only weights are there to be loaded.
+
+        Raises:
+            MisfmError: The datasets were joined anew, in another way, since the checkpoint was written.
+        """
         if self.own_source is None:
+            try:
+                trained = Universe.from_plans(read_checkpoint(filename)["init_args"]["plans"])
+            except MisfmError:
+                trained = self.universe  # an unreadable file is told, or passed over, by what reads it next
+            if (trained.tasks, trained.modalities) != (self.universe.tasks, self.universe.modalities):
+                raise MisfmError(
+                    f"{filename} was trained on the tasks {', '.join(trained.tasks)}; expected those of "
+                    f"{self.universe.dataset}, {', '.join(self.universe.tasks)}: join the datasets as they were, or "
+                    "train anew without --c."
+                )
             super().load_checkpoint(filename)
             return
         if not self.was_initialized:
@@ -358,6 +374,7 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             plans["continue_training"] = False
             part = type(self)(plans, self.configuration_name, self.fold, dataset_json, self.device)
             part.network, part.was_initialized = self.network, True
+            part.dataset_class = infer_dataset_class(part.preprocessed_dataset_folder)
             part.inference_allowed_mirroring_axes = inference_axes(source)
             network: Any = self.bare_network
             _answer_for(network, source)

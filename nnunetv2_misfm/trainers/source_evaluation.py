@@ -68,7 +68,7 @@ def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBase
     Args:
         trainer: Its network and device are used.
         universe: The tasks.
-        dataset: The cases to predict.
+        dataset: The cases to predict; none further once a signal has asked for the end of the run.
     """
     scores: list[CaseScore] = []
     predictor, former = None, None
@@ -77,6 +77,8 @@ def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBase
     network.eval()
     try:
         for case in dataset.identifiers:
+            if trainer.interruption.requested is not None:
+                break
             source = universe.source_of(case)
             if source is not former:
                 predictor, former = source_predictor(trainer, universe, source), source

@@ -37,7 +37,7 @@ class TaskLabels(NamedTuple):
 
 
 def contexts(sources: Sequence[Source], num_slots: int, device: torch.device) -> Context:
-    """Returns what is asked of samples: all tasks of their datasets, padded to `num_slots` tasks.
+    """Returns what is asked of samples: the tasks that their datasets label, padded to `num_slots` tasks.
 
     Args:
         sources: Of each sample.
