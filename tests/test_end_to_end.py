@@ -36,6 +36,7 @@ OTHER_PAIRS = {
 }
 OTHER_TRAINERS = ("nnUNetTrainerPCTNet", "nnUNetTrainerFMUNet", "nnUNetTrainerBaseline", *OTHER_PAIRS)
 COMPARATORS = ("nnUNetTrainerSwinUNETR", "nnUNetTrainerUNETR")  # large; trained in trainers/test_monai_networks.py
+UNIVERSAL = "nnUNetTrainerHermes"  # of many datasets: test_end_to_end_universal.py
 FOUR_ROUTES = (
     "nnUNetTrainerPCTNetVF expected pretrained weights and found none by any of its four routes: 1. -pretrained_weights"
 )
@@ -302,7 +303,7 @@ def test_checkpoint_is_plain_data_from_which_the_network_can_be_rebuilt(done: Wo
 
 @pytest.mark.parametrize("trainer", OTHER_TRAINERS)
 def test_every_other_trainer_that_nnunet_finds_trains(train: Callable[..., Path], trainer: str) -> None:
-    others = {PCT_PRETRAIN, PCT_VF, *OTHER_PAIRS.values(), *COMPARATORS}
+    others = {PCT_PRETRAIN, PCT_VF, *OTHER_PAIRS.values(), *COMPARATORS, UNIVERSAL}
     assert others | set(OTHER_TRAINERS) == set(nnunetv2_misfm_trainers.__all__)
     pretrained = train(OTHER_PAIRS[trainer]) / "checkpoint_final.pth" if trainer in OTHER_PAIRS else None
     folder = train(trainer)

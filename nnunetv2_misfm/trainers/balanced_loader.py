@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -39,6 +39,23 @@ def case_probabilities(
     return shares / shares.sum()
 
 
+class _TaskLoader(nnUNetDataLoader):
+    """nnU-Net's loader of cases of which some have unlabelled voxels; of these every crop holds a labelled one.
+
+    nnU-Net asks the dataset's labels for an ignore value. Here datasets differ, but preprocessing notes the labelled
+    voxels of such a case under a key that begins with -1.
+    """
+
+    annotated_classes_key: tuple[int, ...]
+
+    def get_bbox(self, data_shape: np.ndarray, force_fg: bool, class_locations: dict | None, *more: Any) -> tuple:
+        """Returns lower and upper bounds of a crop; arguments are nnU-Net's."""
+        labelled = next((key for key in class_locations or {} if isinstance(key, tuple) and -1 in key), None)
+        self.has_ignore = labelled is not None
+        self.annotated_classes_key = labelled or self.annotated_classes_key
+        return super().get_bbox(data_shape, force_fg, class_locations, *more)
+
+
 def make_loader(
     trainer: "MisfmTrainer",
     dataset: nnUNetBaseDataset,
@@ -58,7 +75,7 @@ def make_loader(
         probabilities: Of each case of the dataset.
         num_processes: That make batches; 0 makes them in this one.
     """
-    loader = nnUNetDataLoader(
+    loader = _TaskLoader(
         dataset,
         trainer.batch_size,
         crop_size,

@@ -359,6 +359,7 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         if not self.was_initialized:
             self.initialize()
         self.bare_network.load_state_dict(network_weights(read_checkpoint(filename), filename))
+        self.inference_allowed_mirroring_axes = inference_axes(self.own_source)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validates every source into its own model folder, as nnU-Net would validate a model of that dataset."""

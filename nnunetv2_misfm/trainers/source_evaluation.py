@@ -111,7 +111,9 @@ def source_predictor(trainer: "MisfmTrainer", universe: Universe, source: Source
 
 
 def write_scores(scores: Sequence[CaseScore], universe: Universe, epoch: int, folder: Path) -> list[str]:
-    """Appends the mean Dice of each dataset's tasks to a table, and returns a line per dataset for the log.
+    """Adds the mean Dice of each dataset's tasks to a table, and returns a line per dataset for the log.
+
+    Rows of this epoch and later ones, of a run that was cut off or of an earlier one, are replaced.
 
     Args:
         scores: Of all cases; a structure that is nowhere in a case, neither predicted, does not count.
@@ -131,8 +133,10 @@ def write_scores(scores: Sequence[CaseScore], universe: Universe, epoch: int, fo
                 rows.append((epoch, source.dataset, universe.tasks[task], f"{means[-1]:.4f}", len(found)))
         if means:
             lines.append(f"Evaluation of whole cases, {source.dataset}: mean Dice {np.mean(means):.4f}")
-    is_new = not table.is_file()
-    with open(table, "a", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([_HEADER, *rows] if is_new else rows)
+    former: list[Any] = []
+    if table.is_file():
+        with open(table, newline="") as file:
+            former = [row for row in list(csv.reader(file))[1:] if int(row[0]) < epoch]
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([_HEADER, *former, *rows])
     return lines

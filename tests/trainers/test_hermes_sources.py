@@ -1,0 +1,181 @@
+import copy
+import json
+import multiprocessing
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workspace
+from interrupting import make_repeatable
+from toy_universe import (
+    BRAIN,
+    TRUNK,
+    TUMOUR,
+    make_sources_validatable,
+    remove_universal,
+    source_json,
+    source_plans,
+    toy_universe,
+    universal_trainer,
+    with_audible_priors,
+    write_toy_universe,
+)
+
+from nnunetv2_misfm.errors import MisfmError
+from nnunetv2_misfm.trainers import hermes
+from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
+
+
+@pytest.fixture
+def universe(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The workspace with the universal toy dataset in it."""
+    make_repeatable(monkeypatch.setattr)
+    write_toy_universe(workspace.preprocessed)
+    return workspace
+
+
+def source_trainer(workspace: Workspace, dataset: str, plans: dict[str, Any] | None = None) -> Any:
+    return workspace.trainer(
+        nnUNetTrainerHermes,
+        plans=plans or source_plans(dataset),
+        dataset_json=source_json(dataset),
+        configuration="3d_fullres",
+    )
+
+
+def log_of(trainer: Any) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+# ---------------------------------------------------------------------- evaluation and validation
+
+
+def test_datasets_are_evaluated_every_few_epochs_with_the_averaged_weights(
+    universe: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = {"num_epochs": 5, "ema_decay": 0.5, "hermes": {"evaluate_every_epochs": 2, "evaluation_cases": 2}}
+    trainer = universal_trainer(universe, block)
+    seen: list[Any] = []
+    score = hermes.score_cases
+
+    def spy(given: Any, *arguments: Any) -> Any:
+        state = {name: tensor.clone() for name, tensor in given.bare_network.state_dict().items()}
+        seen.append((given.current_epoch, state, arguments[1].identifiers))
+        return score(given, *arguments)
+
+    monkeypatch.setattr(hermes, "score_cases", spy)
+    end_epoch = nnUNetTrainerHermes.on_epoch_end
+
+    def on_epoch_end() -> None:
+        average = {name: tensor.clone() for name, tensor in trainer.average.average().items()}
+        raw = copy.deepcopy(trainer.network.state_dict())
+        end_epoch(trainer)
+        assert all(torch.equal(tensor, raw[name]) for name, tensor in trainer.network.state_dict().items())
+        if seen and seen[-1][0] == trainer.current_epoch - 1:
+            assert all(torch.equal(tensor, seen[-1][1][name]) for name, tensor in average.items())
+            assert not all(torch.equal(tensor, average[name]) for name, tensor in raw.items())
+
+    trainer.on_epoch_end = on_epoch_end
+    trainer.run_training()
+    assert [epoch for epoch, *_ in seen] == [1, 3]
+    assert seen[0][2] == ["041_case_5", "042_case_2", "043_case_1"]  # the validation cases
+    table = (Path(trainer.output_folder) / "evaluation_per_dataset.csv").read_text().splitlines()
+    assert {line.split(",")[0] for line in table[1:]} == {"1", "3"}
+    assert log_of(trainer).count("Evaluation of whole cases, Dataset043_Tumour: mean Dice") == 2
+
+
+def test_a_new_training_begins_a_new_table(universe: Workspace) -> None:
+    for _ in range(2):
+        trainer = universal_trainer(universe, {"hermes": {"evaluate_every_epochs": 1}})
+        trainer.run_training()
+    table = (Path(trainer.output_folder) / "evaluation_per_dataset.csv").read_text().splitlines()
+    assert len(table) == len(set(table)) <= 1 + 6
+
+
+def summaries(universe: Workspace) -> dict[str, Any]:
+    files = (universe.root / "results").glob("*/*/fold_0/validation/summary.json")
+    return {file.parts[-5]: json.loads(file.read_text()) for file in files}
+
+
+@pytest.fixture
+def validated(universe: Workspace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer after its final validation; nnU-Net's processes are threads."""
+    in_threads = SimpleNamespace(Pool=ThreadPool, get_context=multiprocessing.get_context)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: in_threads)
+    make_sources_validatable(universe.preprocessed)
+    trainer = universal_trainer(universe)
+    trainer.on_train_start()
+    with_audible_priors(trainer.network)
+    trainer.on_train_end()
+    trainer.perform_actual_validation()
+    return trainer
+
+
+def model_folder(universe: Workspace, dataset: str) -> Path:
+    return universe.root / "results" / dataset / "nnUNetTrainerHermes__nnUNetPlansOf950__quick"
+
+
+def test_final_validation_writes_a_summary_per_source_into_its_model_folder(
+    universe: Workspace, validated: Any
+) -> None:
+    found = summaries(universe)
+    assert {name: list(summary["mean"]) for name, summary in found.items()} == {
+        BRAIN: ["1", "2"],
+        TRUNK: ["1", "2"],
+        TUMOUR: ["(1, 2)", "2"],
+    }
+    for dataset, case in {BRAIN: "case_5", TRUNK: "case_2", TUMOUR: "case_1"}.items():
+        (of_case,) = found[dataset]["metric_per_case"]
+        assert Path(of_case["reference_file"]).parts[-3:] == (dataset, "gt_segmentations", f"{case}.nii.gz")
+        validation = model_folder(universe, dataset) / "fold_0" / "validation"
+        assert f"Validation of {dataset}: {validation}" in log_of(validated)
+    with pytest.raises(MisfmError, match="in the convention of one of its source datasets"):
+        validated.network(torch.zeros(1, 1, 16, 16, 16))
+
+
+def test_validating_a_model_folder_alone_finds_the_same(universe: Workspace, validated: Any) -> None:
+    for dataset, found in summaries(universe).items():
+        folder = model_folder(universe, dataset)
+        plans = json.loads((folder / "plans.json").read_text())
+        again = source_trainer(universe, dataset, plans)  # as `nnUNetv2_train ... --val` does
+        again.load_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+        again.perform_actual_validation()
+        summary = json.loads((Path(again.output_folder) / "validation" / "summary.json").read_text())
+        assert summary["mean"] == found["mean"]
+
+
+# ---------------------------------------------------------------------- a source's plans
+
+
+def test_a_source_validates_on_its_part_of_the_universal_split(universe: Workspace) -> None:
+    trainer = source_trainer(universe, TRUNK)
+    assert trainer.do_split() == (["case_0", "case_1"], ["case_2"])
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == ()
+    assert trainer.inference_allowed_mirroring_axes == (0, 1)
+    assert universal_trainer(universe).do_split()[1] == ["041_case_5", "042_case_2", "043_case_1"]
+    split = [{"train": ["case_1"], "val": ["case_0"]}]
+    (universe.preprocessed / TRUNK / "splits_final.json").write_text(json.dumps(split))
+    remove_universal(universe.preprocessed)
+    assert trainer.do_split() == (["case_1"], ["case_0"])
+
+
+def test_a_source_without_a_validation_case_is_passed_over(universe: Workspace) -> None:
+    file = universe.preprocessed / toy_universe().dataset / "splits_final.json"
+    file.write_text(json.dumps([{"train": ["041_case_0"], "val": []}]))
+    trainer = universal_trainer(universe)
+    trainer.initialize()
+    trainer.perform_actual_validation()
+    assert all(f"{dataset} has no validation case in fold 0." in log_of(trainer) for dataset in (BRAIN, TRUNK, TUMOUR))
+    assert summaries(universe) == {}
+
+
+def test_training_under_a_sources_plans_names_the_right_command(universe: Workspace) -> None:
+    with pytest.raises(MisfmError) as caught:
+        source_trainer(universe, TRUNK).run_training()
+    assert str(caught.value) == (
+        "nnUNetPlansOf950 of Dataset042_Trunk only answer for a universal model: train Toy with "
+        "nnUNetv2_train 950 3d_fullres 0 -tr nnUNetTrainerHermes -p nnUNetPlans."
+    )
