@@ -5,8 +5,8 @@
 Makes the datasets of universal_data.py below FOLDER, joins them with `nnUNetv2_misfm universal`, and trains by
 nnU-Net's own commands: nnUNetTrainerHermes once for `--steps` steps, and nnUNetTrainerBaseline (stock nnU-Net in a
 length of one's choice) on every dataset for an equal share of them, under the same plans: spacing, patch, batch and
-network. Both validate on the same held-out cases with nnU-Net's final validation; the table holds the Dice of its
-summary.json files.
+network. Both predict the same held-out cases with nnUNetv2_predict, without mirroring; the table holds the Dice of
+nnUNetv2_evaluate_folder.
 With several seeds everything is trained once per seed. What is already trained is not trained again.
 """
 
@@ -24,6 +24,8 @@ from universal_data import DATASETS, make_datasets
 
 UNIVERSAL, NAME = 950, "Universal"
 SHARED = "nnUNetPlansOf950"
+HERMES, STOCK = "nnUNetTrainerHermes", "nnUNetTrainerBaseline"
+FINAL = "checkpoint_final.pth"
 EPOCH = 50  # steps
 
 
@@ -47,34 +49,58 @@ def join(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace, dataset: int, trainer: str, plans: str, steps: int, seed: int) -> None:
-    """Trains and validates by nnU-Net's command, unless its validation is there."""
-    method = trainer.removeprefix("nnUNetTrainer").lower()
-    name = f"{method}_{steps}_{seed}"
-    if summary(options, dataset if method == "baseline" else next(iter(DATASETS)), trainer, name).is_file():
+    """Trains by nnU-Net's command, unless that is done; the final validation, with its mirroring, is left out."""
+    name = run_name(trainer, steps, seed)
+    folder = DATASETS.get(dataset, f"Dataset{UNIVERSAL}_{NAME}")
+    if (options.output / "results" / folder / f"{trainer}__{plans}__{name}/fold_{options.fold}" / FINAL).is_file():
         return
     settings = [f"num_epochs={steps // EPOCH}", f"num_iterations_per_epoch={EPOCH}", f"seed={seed}"]
-    more = ["num_val_iterations_per_epoch=5", "hermes.evaluate_every_epochs=10", *options.settings]
-    run(
-        "nnUNetv2_misfm", "configure", "-d", str(dataset), "-c", "3d_fullres", "-p", plans, "--name", name, *settings,
-        *(more if method == "hermes" else more[:1]),
-    )  # fmt: skip
+    settings.append("num_val_iterations_per_epoch=5")
+    if trainer == HERMES:
+        settings += ["hermes.evaluate_every_epochs=0", *options.settings]
+    target = ("-d", str(dataset), "-c", "3d_fullres", "-p", plans)
+    run("nnUNetv2_misfm", "configure", *target, "--name", name, *settings)
     run("nnUNetv2_train", str(dataset), name, str(options.fold), "-tr", trainer, "-p", plans, "-device", options.device)
 
 
-def summary(options: argparse.Namespace, dataset: int, trainer: str, configuration: str) -> Path:
-    """Returns where the final validation of a dataset writes its scores."""
-    run_folder = f"{trainer}__{SHARED}__{configuration}"
-    base = options.output / "results" / DATASETS[dataset] / run_folder
-    return base / f"fold_{options.fold}" / "validation" / "summary.json"
+def test(options: argparse.Namespace, dataset: int, trainer: str, steps: int, seed: int) -> None:
+    """Predicts a dataset's held-out cases and compares them with the truth, both by nnU-Net's commands."""
+    name, source = run_name(trainer, steps, seed), options.output / "raw" / DATASETS[dataset]
+    if (summary := summary_of(options, dataset, trainer, steps, seed)).is_file():
+        return
+    splits = json.loads((options.output / "preprocessed" / DATASETS[dataset] / "splits_final.json").read_text())
+    images, truth = (options.output / "held out" / DATASETS[dataset] / part for part in ("images", "labels"))
+    for folder, of, ending in ((images, "imagesTr", "_0000.nii.gz"), (truth, "labelsTr", ".nii.gz")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in splits[options.fold]["val"]:
+            (folder / f"{case}{ending}").unlink(missing_ok=True)
+            (folder / f"{case}{ending}").symlink_to(source / of / f"{case}{ending}")
+    run(
+        "nnUNetv2_predict", "-d", str(dataset), "-c", name, "-tr", trainer, "-p", SHARED, "-f", str(options.fold),
+        "-i", str(images), "-o", str(summary.parent), "--disable_tta", "-device", options.device, "-npp", "1",
+        "-nps", "1",
+    )  # fmt: skip
+    described = ("-djfile", str(source / "dataset.json"), "-pfile", str(summary.parent / "plans.json"))
+    run("nnUNetv2_evaluate_folder", str(truth), str(summary.parent), *described)
+
+
+def run_name(trainer: str, steps: int, seed: int) -> str:
+    """Returns the name of a run's configuration."""
+    return f"{trainer.removeprefix('nnUNetTrainer').lower()}_{steps}_{seed}"
+
+
+def summary_of(options: argparse.Namespace, dataset: int, trainer: str, steps: int, seed: int) -> Path:
+    """Returns where the scores of a run on a dataset lie."""
+    predictions = options.output / "predictions" / f"{run_name(trainer, steps, seed)}_fold_{options.fold}"
+    return predictions / DATASETS[dataset] / "summary.json"
 
 
 def scores(options: argparse.Namespace, dataset: int, trainer: str, steps: int) -> dict[str, list[float]]:
-    """Returns mean validation Dice of each class, one value per seed."""
+    """Returns the mean Dice of each class over the held-out cases, one value per seed."""
     labels = json.loads((options.output / "raw" / DATASETS[dataset] / "dataset.json").read_text())["labels"]
-    method = trainer.removeprefix("nnUNetTrainer").lower()
     found: dict[str, list[float]] = {name: [] for name in labels if name != "background"}
     for seed in options.seeds:
-        means = json.loads(summary(options, dataset, trainer, f"{method}_{steps}_{seed}").read_text())["mean"]
+        means = json.loads(summary_of(options, dataset, trainer, steps, seed).read_text())["mean"]
         for name, values in found.items():
             values.append(100 * means[str(labels[name])]["Dice"])
     return found
@@ -100,10 +126,9 @@ def table(options: argparse.Namespace) -> str:
     ]
     differences = []
     for dataset, name in DATASETS.items():
-        stock = scores(options, dataset, "nnUNetTrainerBaseline", share)
-        ours = scores(options, dataset, "nnUNetTrainerHermes", options.steps)
-        configuration = f"hermes_{options.steps}_{options.seeds[0]}"
-        cases = json.loads(summary(options, dataset, "nnUNetTrainerHermes", configuration).read_text())
+        stock = scores(options, dataset, STOCK, share)
+        ours = scores(options, dataset, HERMES, options.steps)
+        cases = json.loads(summary_of(options, dataset, HERMES, options.steps, options.seeds[0]).read_text())
         for label in stock:
             difference = statistics.mean(ours[label]) - statistics.mean(stock[label])
             differences.append(difference)
@@ -129,21 +154,27 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--spacing", type=float, default=1.5, help="mm (the paper's)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--datasets", type=int, nargs="+", help="of these alone, to share the work; without the table")
     parser.add_argument("--settings", nargs="*", default=[], help="key=value of the universal model's misfm block")
     options = parser.parse_args()
     options.output = options.output.resolve()
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = str(options.output / name)
         (options.output / name).mkdir(parents=True, exist_ok=True)
+    os.environ["nnUNet_misfm_skip_validation"] = "1"
     join(options)
+    datasets = options.datasets or list(DATASETS)
     share = options.steps // len(DATASETS) // EPOCH * EPOCH
     if share * len(DATASETS) != options.steps:
         parser.error(f"expected --steps that {len(DATASETS)} datasets share in epochs of {EPOCH}, got {options.steps}")
     for seed in options.seeds:
-        train(options, UNIVERSAL, "nnUNetTrainerHermes", "nnUNetPlans", options.steps, seed)
-        for dataset in DATASETS:
-            train(options, dataset, "nnUNetTrainerBaseline", SHARED, share, seed)
-    print(table(options))
+        train(options, UNIVERSAL, HERMES, "nnUNetPlans", options.steps, seed)
+        for dataset in datasets:
+            test(options, dataset, HERMES, options.steps, seed)
+            train(options, dataset, STOCK, SHARED, share, seed)
+            test(options, dataset, STOCK, share, seed)
+    if datasets == list(DATASETS):
+        print(table(options))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from nnunetv2_misfm import prior_picture
 from nnunetv2_misfm.architectures.context_prior import ContextPriorNetwork
 from nnunetv2_misfm.cli_priors import add_priors_command
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.prior_picture import Similarities, alike_together, draw_priors, most_alike, prior_similarities
+from nnunetv2_misfm.prior_picture import (
+    PriorSimilarities,
+    Similarities,
+    alike_together,
+    draw_priors,
+    most_alike,
+    prior_similarities,
+)
 from nnunetv2_misfm.universe import PLANS_KEY, Source, Universe
 
 
@@ -52,13 +59,32 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_each_scale_counts_the_same_whatever_its_width_and_length() -> None:
-    weights = priors(2, 1) | {
+    weights = {
         "fusions.encoder_2.task_tokens": torch.tensor([[3.0, 4.0], [4.0, 3.0]]),  # cosine 24 / 25
+        "fusions.encoder_2.modality_tokens": torch.ones(1, 10, 2),
         "fusions.decoder_2.task_tokens": torch.tensor([[0.0, 0.0, 700.0], [0.0, 0.001, 0.0]]),  # at right angles
+        "fusions.decoder_2.modality_tokens": torch.ones(1, 10, 3),
     }
-    tasks, _ = prior_similarities(weights, universe(["a", "b"]))
-    assert tasks.names == ("a", "b")
+    tasks = prior_similarities(weights, universe(["a", "b"])).tasks
+    assert tasks.rows == tasks.columns == ("a", "b")
     assert np.allclose(tasks.cosine, [[1, 0.48], [0.48, 1]], atol=1e-12)
+
+
+def test_task_meets_modality_in_the_channels_of_each_scale() -> None:
+    modality = torch.zeros(2, 10, 2)
+    modality[0, :, 0] = 5.0  # CT along (1, 0)
+    modality[1, 3, 1] = -0.1  # MR along (0, -1)
+    weights = {
+        # The modalities' entries in another order of scales: they are paired by name
+        "fusions.decoder_2.modality_tokens": torch.cat((modality, torch.zeros(2, 10, 1)), 2),
+        "fusions.encoder_2.modality_tokens": modality,
+        "fusions.encoder_2.task_tokens": torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]]),
+        "fusions.decoder_2.task_tokens": torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.5, 0.0], [8.0, 0.0, 6.0]]),
+    }
+    between = prior_similarities(weights, universe(["a", "b", "c"], ["CT", "MR"])).between
+    assert (between.rows, between.columns) == (("a", "b", "c"), ("CT", "MR"))
+    # Means of the two scales' cosines: a (0.6, 0) and (-0.8, 0), b (0, 0) and (-1, -1), c (-1, 0.8) and (0, 0)
+    assert np.allclose(between.cosine, [[0.3, -0.4], [0, -1], [-0.1, 0]], atol=1e-7)
 
 
 def test_modality_is_the_mean_of_its_tokens() -> None:
@@ -67,8 +93,10 @@ def test_modality_is_the_mean_of_its_tokens() -> None:
     tokens[0, 5:, 1] = 1.0  # mean along (1, 1)
     tokens[1, :, 0] = torch.arange(10.0)  # along (1, 0): 45 degrees between them
     weights = priors(1, 2) | {f"fusions.{site}.modality_tokens": tokens for site in ("encoder_2", "decoder_2")}
-    _, modalities = prior_similarities(weights, universe(["a"], ["CT", "MR"]))
-    assert modalities.names == ("CT", "MR")
+    weights |= {f"fusions.{site}.task_tokens": torch.tensor([[0.0, 2.0]]) for site in ("encoder_2", "decoder_2")}
+    _, between, modalities = prior_similarities(weights, universe(["a"], ["CT", "MR"]))
+    assert modalities.rows == modalities.columns == ("CT", "MR")
+    assert np.allclose(between.cosine, [[0.5**0.5, 0]], atol=1e-12)
     assert np.allclose(modalities.cosine, [[1, 0.5**0.5], [0.5**0.5, 1]], atol=1e-12)
 
 
@@ -76,8 +104,8 @@ def test_half_precision_and_tokens_of_zeros_are_no_error() -> None:
     weights = {name: tensor.half() for name, tensor in priors(2, 1).items()}
     for name in ("fusions.encoder_2.task_tokens", "fusions.decoder_2.task_tokens"):
         weights[name][0] = 0
-    tasks, _ = prior_similarities(weights, universe(["a", "b"]))
-    assert np.allclose(tasks.cosine, [[0, 0], [0, 1]])
+    tasks, between, _ = prior_similarities(weights, universe(["a", "b"]))
+    assert np.allclose(tasks.cosine, [[0, 0], [0, 1]]) and between.cosine[0, 0] == 0 != between.cosine[1, 0]
 
 
 def test_alike_ones_stand_together() -> None:
@@ -86,19 +114,34 @@ def test_alike_ones_stand_together() -> None:
     cosine = np.where(groups[:, None] == groups, 0.9, -0.2)
     np.fill_diagonal(cosine, 1.0)
     cosine[0, 1] = cosine[1, 0] = 0.3
-    ordered = alike_together(Similarities(names, cosine))
-    letters = "".join(name[0] for name in ordered.names)
-    assert sorted(ordered.names) == sorted(names)
+    modalities = ("CT", "PET", "MR", "CT late")
+    of_modalities = np.eye(4)
+    of_modalities[0, 3] = of_modalities[3, 0] = 0.8
+    between = np.arange(24.0).reshape(6, 4) / 24  # each cell another
+    given = PriorSimilarities(
+        Similarities(names, names, cosine),
+        Similarities(names, modalities, between),
+        Similarities(modalities, modalities, of_modalities),
+    )
+    ordered = alike_together(given)
+    letters = "".join(name[0] for name in ordered.tasks.rows)
+    assert sorted(ordered.tasks.rows) == sorted(names) and ordered.tasks.rows != names
     assert sum(a != b for a, b in zip(letters, letters[1:], strict=False)) == 2  # three blocks
-    for i, a in enumerate(ordered.names):
-        for j, b in enumerate(ordered.names):
-            assert ordered.cosine[i, j] == cosine[names.index(a), names.index(b)]
+    late = ordered.modalities.rows.index("CT late")
+    assert abs(late - ordered.modalities.rows.index("CT")) == 1
+    assert ordered.tasks.columns == ordered.tasks.rows == ordered.between.rows
+    assert ordered.modalities.columns == ordered.modalities.rows == ordered.between.columns
+    for before, after in zip(given, ordered, strict=True):
+        for i, a in enumerate(after.rows):
+            for j, b in enumerate(after.columns):
+                assert after.cosine[i, j] == before.cosine[before.rows.index(a), before.columns.index(b)]
 
 
 def test_most_alike_is_the_highest_off_the_diagonal() -> None:
     cosine = np.array([[1.0, -0.9, 0.1], [-0.9, 1.0, 0.4], [0.1, 0.4, 1.0]])
-    assert most_alike(Similarities(("a", "b", "c"), cosine)) == ("b", "c", 0.4)
-    assert most_alike(Similarities(("a",), np.ones((1, 1)))) is None
+    names = ("a", "b", "c")
+    assert most_alike(Similarities(names, names, cosine)) == ("b", "c", 0.4)
+    assert most_alike(Similarities(("a",), ("a",), np.ones((1, 1)))) is None
 
 
 # The picture
@@ -110,17 +153,34 @@ def test_maps_show_the_ordered_similarities_under_their_names(tmp_path: Path, dr
     said = draw_priors(write(tmp_path / "checkpoint_final.pth", weights, known), output)
     bar, *maps = drawn[0].axes
     assert bar.get_xlim() == (-1, 1)
-    for axes, given, title in zip(maps, prior_similarities(weights, known), ("tasks", "modalities"), strict=True):
-        expected = alike_together(given)
+    titles = ("tasks", "tasks and modalities", "modalities")
+    ordered = alike_together(prior_similarities(weights, known))
+    for axes, expected, title in zip(maps, ordered, titles, strict=True):
         (image,) = axes.images
         assert np.array_equal(image.get_array(), expected.cosine) and image.get_clim() == (-1, 1)
         assert axes.get_title("left") == title
-        for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-            assert [label.get_text() for label in labels] == list(expected.names)
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(expected.columns)
+        rows = [] if axes is maps[1] else list(expected.rows)  # those of the task map beside it
+        assert [label.get_text() for label in axes.get_yticklabels()] == rows
         assert [text.get_text() for text in axes.texts] == [f"{v:.2f}" for v in expected.cosine.flatten()]
-    first, second, cosine = most_alike(prior_similarities(weights, known)[0])
+    first, second, cosine = most_alike(prior_similarities(weights, known).tasks)
     assert said == f"wrote {output}: of 4 tasks {first} and {second} are most alike (cosine {cosine:.2f})."
     assert imread(output).ndim == 3 and [file.name for file in output.parent.iterdir()] == ["priors.png"]
+
+
+@pytest.mark.parametrize(("num_tasks", "num_modalities"), [(1, 1), (3, 5), (12, 2), (30, 4)])
+def test_rows_of_tasks_go_on_through_their_modalities_and_nothing_overlaps(
+    num_tasks: int, num_modalities: int, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    known = universe([f"{i:03d}:organ" for i in range(num_tasks)], [f"MR {i}" for i in range(num_modalities)])
+    draw_priors(write(tmp_path / "c.pth", priors(num_tasks, num_modalities), known), tmp_path / "p.png")
+    maps = drawn[0].axes[1:]
+    tasks, between, _ = (axes.get_window_extent() for axes in maps)
+    assert (between.y0, between.y1) == pytest.approx((tasks.y0, tasks.y1))
+    assert between.width / num_modalities == pytest.approx(tasks.width / num_tasks)  # the same cells
+    right_ends = [max(axes.get_window_extent().x1, axes._left_title.get_window_extent().x1) for axes in maps]
+    lefts = [axes.get_window_extent().x0 for axes in maps]
+    assert right_ends[0] < lefts[1] and right_ends[1] < lefts[2]
 
 
 @pytest.mark.parametrize(("number", "has_values"), [(12, True), (13, False), (30, False)])
@@ -129,8 +189,9 @@ def test_values_are_written_up_to_twelve_tasks_and_names_never_touch(
 ) -> None:
     known = universe([f"{i:03d}:portal_vein_and_splenic_vein_of_the_abdomen" for i in range(number)])
     draw_priors(write(tmp_path / "c.pth", priors(number, 1), known), tmp_path / "p.png")
-    _, tasks, modalities = drawn[0].axes
+    _, tasks, between, modalities = drawn[0].axes
     assert len(tasks.texts) == (number**2 if has_values else 0) and len(modalities.texts) == 1
+    assert len(between.texts) == (number if has_values else 0)
     boxes = [label.get_window_extent() for label in tasks.get_yticklabels()]
     assert all(upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
     boxes = [label.get_window_extent() for label in tasks.get_xticklabels()]
@@ -178,6 +239,11 @@ def test_priors_that_do_not_fit_their_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         MisfmError, match="c.pth: expected the learned tokens of 2 tasks at each scale, got 3, 3 of them"
     ):
+        draw_priors(file, tmp_path / "p.png")
+    partial = priors(2, 1)
+    del partial["fusions.decoder_2.modality_tokens"]
+    file = write(tmp_path / "c.pth", partial, universe(["a", "b"]))
+    with pytest.raises(MisfmError, match="expected the learned tokens of 1 modalities at each scale, got 1 of them"):
         draw_priors(file, tmp_path / "p.png")
     broken = priors(2, 1)
     broken["fusions.decoder_2.modality_tokens"][0, 3, 1] = float("nan")
