@@ -15,6 +15,16 @@ from nnunetv2_misfm.errors import MisfmError
 PLANS_KEY = "misfm_universal"
 
 
+def dataset_number(name: str) -> int:
+    """Returns the number in a dataset's full name: 4 of Dataset004_Hippocampus."""
+    return int(name.removeprefix("Dataset")[:3])
+
+
+def dataset_number(dataset: str) -> int:
+    """Returns the number in a dataset's full name, 4 of Dataset004_Hippocampus."""
+    return int(dataset.removeprefix("Dataset")[:3])
+
+
 @dataclass(frozen=True)
 class Source:
     """A dataset of nnU-Net that a universal model learns and answers for.
@@ -42,7 +52,7 @@ class Source:
     @property
     def prefix(self) -> str:
         """What precedes the names of this source's cases in the universal dataset: its number, as in `004_`."""
-        return self.dataset.removeprefix("Dataset")[:3] + "_"
+        return f"{dataset_number(self.dataset):03d}_"
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Universe:
         Args:
             plans_name: Name of the universal dataset's plans.
         """
-        return f"{plans_name}Of{int(self.dataset.removeprefix('Dataset')[:3])}"
+        return f"{plans_name}Of{dataset_number(self.dataset)}"
 
     @property
     def max_tasks(self) -> int:

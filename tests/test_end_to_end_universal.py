@@ -204,7 +204,7 @@ def test_a_source_s_plans_do_not_train(done: World) -> None:
     finished = done.finished["train a source"]
 
     assert finished.returncode != 0
-    assert "train Universal with nnUNetv2_train 950 3d_fullres 0 -tr nnUNetTrainerHermes" in finished.stderr
+    assert "train Dataset950_Universal with nnUNetv2_train 950 3d_fullres 0 -tr nnUNetTrainerHermes" in finished.stderr
 
 
 def test_the_universal_plans_do_not_predict(done: World) -> None:

@@ -12,10 +12,11 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.universe import Universe
 
 if TYPE_CHECKING:
-    from nnunetv2_misfm.trainers.base import MisfmTrainer
+    from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
 
 
 def case_probabilities(
@@ -56,24 +57,65 @@ class _TaskLoader(nnUNetDataLoader):
         return super().get_bbox(data_shape, force_fg, class_locations, *more)
 
 
+def balanced_loaders(trainer: "nnUNetTrainerHermes") -> tuple[Any, Any]:
+    """Returns nnU-Net's loaders of training and validation crops, started, with cases drawn in balance.
+
+    Args:
+        trainer: Its batch size, patch, transforms and oversampling of foreground are used (the class of a crop's centre
+            is drawn among those of the case, so every task of it alike).
+
+    Raises:
+        MisfmError: The fold holds no case for training, or none for validation.
+    """
+    settings = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    rotation, dummy_2d, initial_patch_size, mirror_axes = settings
+    planned = trainer.configuration_manager
+    transforms = trainer.get_training_transforms(
+        planned.patch_size, rotation, None, mirror_axes, dummy_2d, use_mask_for_norm=planned.use_mask_for_norm
+    )
+    datasets = dict(zip(("training", "validation"), trainer.get_tr_and_val_datasets(), strict=True))
+    for part, dataset in datasets.items():
+        if not dataset.identifiers:
+            raise MisfmError(
+                f"fold {trainer.fold} of {trainer.universe.dataset} has no {part} case: train the fold 'all', or write "
+                "splits_final.json."
+            )
+    recipe = trainer.method_recipe
+    loaders = []
+    for dataset, crop_size, transform, num_processes, fewest_cached in zip(
+        datasets.values(),
+        (initial_patch_size, planned.patch_size),
+        (transforms, trainer.get_validation_transforms(None)),
+        num_worker_processes(),
+        (6, 3),  # nnU-Net's
+        strict=True,
+    ):
+        odds = case_probabilities(dataset.identifiers, trainer.universe, recipe.balance, recipe.dataset_weights)
+        loader = make_loader(trainer, dataset, crop_size, transform, odds, num_processes, fewest_cached)
+        next(loader)  # starts its processes
+        loaders.append(loader)
+    return loaders[0], loaders[1]
+
+
 def make_loader(
-    trainer: "MisfmTrainer",
+    trainer: "nnUNetTrainerHermes",
     dataset: nnUNetBaseDataset,
     crop_size: Sequence[int],
-    transforms: BasicTransform,
+    transforms: BasicTransform | None,
     probabilities: np.ndarray,
     num_processes: int,
+    fewest_cached: int = 3,
 ) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
     """Returns nnU-Net's loader of a dataset's crops, as nnU-Net sets it up but for the probabilities of the cases.
 
     Args:
-        trainer: Its batch size, patch and oversampling of foreground are used (the class of a crop's centre is drawn
-            among those of the case, so every task of it alike).
+        trainer: See `balanced_loaders`.
         dataset: The cases.
         crop_size: Edges (D, H, W) of a crop before the transforms.
         transforms: What happens to a crop.
         probabilities: Of each case of the dataset.
         num_processes: That make batches; 0 makes them in this one.
+        fewest_cached: Batches in store, at least.
     """
     loader = _TaskLoader(
         dataset,
@@ -88,10 +130,10 @@ def make_loader(
     )
     if num_processes == 0:
         return SingleThreadedAugmenter(loader, None)
+    num_cached = max(fewest_cached, num_processes // 2)
     return NonDetMultiThreadedAugmenter(
-        loader, None, num_processes, num_cached=max(6, num_processes // 2), pin_memory=trainer.device.type == "cuda",
-        wait_time=0.002,
-    )  # fmt: skip
+        loader, None, num_processes, num_cached, pin_memory=trainer.device.type == "cuda", wait_time=0.002
+    )
 
 
 def num_worker_processes() -> tuple[int, int]:

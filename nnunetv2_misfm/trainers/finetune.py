@@ -168,7 +168,9 @@ class FinetuneTrainer(MisfmTrainer):
         if mine and method in known_methods() and method != mine:
             raise MisfmError(
                 f"expected weights that {mine} pretrained, got those of {method}: take the trainer that fine-tunes "
-                f"from {method}, so that results bear its name."
+                f"from {method}, so that results bear its name; a trainer "
+                "without a pretraining method in its name (nnUNetTrainer, nnUNetTrainerPCTNet) takes any that fit, "
+                "with -pretrained_weights."
             )
         return method
 

@@ -13,7 +13,6 @@ folder holds weights alone). `save_checkpoint` and `on_epoch_end` only add to nn
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,56 +20,34 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed as dist
 from torch import nn
 
 from nnunetv2_misfm.architectures.context_prior import Sample
 from nnunetv2_misfm.citations import HERMES, NNUNET
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers.balanced_loader import case_probabilities, make_loader, num_worker_processes
+from nnunetv2_misfm.trainers.balanced_loader import balanced_loaders
+from nnunetv2_misfm.trainers.base import SKIP_VALIDATION_VARIABLE
 from nnunetv2_misfm.trainers.finetune import WEIGHTS_VARIABLE, FinetuneTrainer
+from nnunetv2_misfm.trainers.hermes_recipe import HermesRecipe
 from nnunetv2_misfm.trainers.partial_label_loss import PartialLabelLoss, counts
-from nnunetv2_misfm.trainers.recipe import MethodRecipe, Recipe, require
+from nnunetv2_misfm.trainers.recipe import Recipe, require
 from nnunetv2_misfm.trainers.resumable import BEST, FINAL
-from nnunetv2_misfm.trainers.source_evaluation import chosen_cases, score_cases, write_scores
-from nnunetv2_misfm.trainers.source_models import inference_axes, source_files, write_source_models
+from nnunetv2_misfm.trainers.source_evaluation import evaluate_sources
+from nnunetv2_misfm.trainers.source_models import (
+    SourceFiles,
+    inference_axes,
+    read_source_files,
+    require_unchanged,
+    write_source_models,
+)
+from nnunetv2_misfm.trainers.source_validation import validate_sources
 from nnunetv2_misfm.trainers.task_labels import contexts, mirrored, task_labels
-from nnunetv2_misfm.universe import PLANS_KEY, Source, Universe
+from nnunetv2_misfm.universe import PLANS_KEY, Source, Universe, dataset_number
 from nnunetv2_misfm.weights.checkpoint import network_weights, read_checkpoint
 from nnunetv2_misfm.weights.transfer import TransferReport
 from nnunetv2_misfm.weights.universal import transfer_to_universal
-
-
-@dataclass(frozen=True)
-class HermesRecipe(MethodRecipe):
-    """Numbers of a universal training.
-
-    Attributes:
-        modality_loss_weight: Of the modality's cross-entropy. The paper's: 0.01.
-        balance: Datasets of n training cases are drawn in proportion to n ** balance. Ours: the square root.
-        dataset_weights: Weights of the datasets in a draw instead, in the order in which they were joined.
-        evaluate_every_epochs: Epochs between two evaluations of whole validation cases per dataset; 0 leaves them out.
-            The authors': 25 of 200 epochs; ours, for nnU-Net's 1000: 50.
-        evaluation_cases: Validation cases of each dataset that these look at. Ours.
-    """
-
-    method: ClassVar[str] = "hermes"
-    modality_loss_weight: float = 0.01
-    balance: float = 0.5
-    dataset_weights: tuple[float, ...] | None = None
-    evaluate_every_epochs: int = 50
-    evaluation_cases: int = 5
-
-    def __post_init__(self) -> None:
-        for key in ("modality_loss_weight", "evaluate_every_epochs"):
-            require(getattr(self, key) >= 0, f"hermes.{key}", "a number of at least 0", getattr(self, key))
-        require(0 <= self.balance <= 1, "hermes.balance", "from 0 to 1", self.balance)
-        require(self.evaluation_cases >= 1, "hermes.evaluation_cases", "at least 1", self.evaluation_cases)
-        weights = self.dataset_weights
-        require(weights is None or min(weights, default=0) > 0, "hermes.dataset_weights", "positive numbers", weights)
 
 
 class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention for trainers
@@ -102,6 +79,24 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         fits = weights is None or len(weights) == len(self.universe.sources)
         require(fits, "hermes.dataset_weights", expected, weights)
         self.needs_weights = self.universe.extends is not None
+        self._source_files: dict[str, SourceFiles] | None = None
+        self._trained_on: dict[str, SourceFiles] | None = None
+
+    @classmethod
+    def check_configuration(cls, configuration_manager: ConfigurationManager) -> None:
+        """Raises where a patch leaves a single voxel at the deepest level, which no normalisation can train on.
+
+        Raises:
+            MisfmError: Such a patch.
+        """
+        super().check_configuration(configuration_manager)
+        patch = configuration_manager.patch_size
+        divisors = np.prod(configuration_manager.pool_op_kernel_sizes, axis=0)
+        if np.prod(np.ceil(np.array(patch) / divisors)) < 2:
+            raise MisfmError(
+                f"{cls.__name__} expected a patch of more than one voxel at the deepest level, got {list(patch)}, "
+                f"which the network divides by {divisors.tolist()}: enlarge it."
+            )
 
     @property
     def own_source(self) -> Source | None:
@@ -146,8 +141,12 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             plans_manager, configuration_manager, num_input_channels, len(universe.tasks), enable_deep_supervision
         )
         if universe.source is not None:
-            _answer_for(network, universe.named(universe.source))
+            answer_for(network, universe.named(universe.source))
         return network
+
+    def answer_for(self, source: Source | None) -> None:
+        """Makes the network answer plain images in the convention of a source; None takes that back."""
+        answer_for(self.bare_network, source)
 
     @property
     def num_network_outputs(self) -> int:
@@ -228,29 +227,12 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         return train, val
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Returns nnU-Net's loaders, with cases drawn as the recipe's balance says."""
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        patch_size = self.configuration_manager.patch_size
-        transforms = (
-            self.get_training_transforms(
-                patch_size, rotation, None, mirror_axes, dummy_2d,
-                use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-            ),
-            self.get_validation_transforms(None),
-        )  # fmt: skip
-        recipe = self.method_recipe
-        loaders = []
-        for dataset, size, transform, processes in zip(
-            self.get_tr_and_val_datasets(), (initial_patch_size, patch_size), transforms, num_worker_processes(),
-            strict=True,
-        ):  # fmt: skip
-            odds = case_probabilities(dataset.identifiers, self.universe, recipe.balance, recipe.dataset_weights)
-            loader = make_loader(self, dataset, size, transform, odds, processes)
-            next(loader)  # starts its processes
-            loaders.append(loader)
-        return loaders[0], loaders[1]
+        """Returns nnU-Net's loaders, with cases drawn as the recipe's balance says.
+
+        Raises:
+            MisfmError: The fold holds no case for training, or none for validation.
+        """
+        return balanced_loaders(self)
 
     def prepare_batch(self, batch: dict, training: bool) -> dict:
         """Returns the batch with what is asked of each case, and what should be answered, on the device."""
@@ -267,20 +249,47 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
 
     # ------------------------------------------------------------------ training
 
+    @property
+    def source_files(self) -> dict[str, SourceFiles]:
+        """Plans and dataset.json of every source, as they were when training started or went on.
+
+        Raises:
+            MisfmError: They are not there, or not those that the loaded checkpoint was trained on.
+        """
+        if self._source_files is None:
+            files = read_source_files(self.universe, self.plans_manager.plans)
+            if self._trained_on is not None:
+                require_unchanged(self._trained_on, files)
+            self._source_files = files
+        return self._source_files
+
+    def added_keys(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of itself, the sources' plans and dataset.json among it."""
+        added = super().added_keys()
+        added["misfm_meta"]["sources"] = {name: files._asdict() for name, files in self.source_files.items()}
+        return added
+
+    def read_added_keys(self, checkpoint: dict[str, Any]) -> None:
+        """Takes from a checkpoint that is resumed from what its sources were."""
+        super().read_added_keys(checkpoint)
+        sources = checkpoint.get("misfm_meta", {}).get("sources")
+        if sources is not None:
+            self._trained_on = {name: SourceFiles(**files) for name, files in sources.items()}
+
     def on_train_start(self) -> None:
         """Starts as nnU-Net does.
 
         Raises:
-            MisfmError: The plans are a source's.
+            MisfmError: The plans are a source's, or those of a source are missing or changed.
         """
         if self.own_source is not None:
-            number, name = self.universe.dataset.removeprefix("Dataset").split("_", 1)
-            plans = self.plans_manager.plans_name.removesuffix(f"Of{int(number)}")
+            number, plans = dataset_number(self.universe.dataset), self.plans_manager.plans_name
             raise MisfmError(
-                f"{self.plans_manager.plans_name} of {self.own_source.dataset} only answer for a universal model: "
-                f"train {name} with nnUNetv2_train {int(number)} {self.configuration_name} {self.fold} "
-                f"-tr {type(self).__name__} -p {plans}."
+                f"{plans} of {self.own_source.dataset} only answer for a universal model: train "
+                f"{self.universe.dataset} with nnUNetv2_train {number} {self.configuration_name} {self.fold} "
+                f"-tr {type(self).__name__} -p {plans.removesuffix(f'Of{number}')}."
             )
+        _ = self.source_files  # what is wrong with them shows now, not at the end
         super().on_train_start()
 
     def evaluation_step(self, batch: dict) -> dict:
@@ -309,33 +318,19 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         """Ends an epoch as nnU-Net does; now and then whole cases of each dataset are evaluated before."""
         every = self.method_recipe.evaluate_every_epochs
         if every and (self.current_epoch + 1) % every == 0:
-            self._evaluate_sources()
+            evaluate_sources(self)
+            empty_cache(self.device)
         super().on_epoch_end()
 
-    def _evaluate_sources(self) -> None:
-        cases = chosen_cases(self.do_split()[1], self.universe, self.method_recipe.evaluation_cases)
-        num_ranks = dist.get_world_size() if self.is_ddp else 1
-        mine = cases[self.local_rank :: num_ranks]
-        if self.average is not None:
-            self.average.swap()
-        scores = score_cases(self, self.universe, self.dataset_class(self.preprocessed_dataset_folder, mine))
-        if self.average is not None:
-            self.average.swap()
-        if self.is_ddp:
-            gathered: list[Any] = [None] * num_ranks
-            dist.all_gather_object(gathered, scores)
-            scores = [score for of_rank in gathered for score in of_rank]
-        (cut_short,) = self._on_any_rank(self.interruption.requested is not None)
-        if self.local_rank == 0 and not cut_short:
-            for line in write_scores(scores, self.universe, self.current_epoch, Path(self.output_folder)):
-                self.print_to_log_file(line)
-        empty_cache(self.device)
+    def ends_early(self) -> bool:
+        """Whether a signal has asked any rank to end the run."""
+        return self._on_any_rank(self.interruption.requested is not None)[0]
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes the checkpoint; with the final one, a model folder for each source."""
         super().save_checkpoint(filename)
         if Path(filename).name == FINAL and self.local_rank == 0 and not self.disable_checkpointing:
-            write_source_models(self, self.universe, (FINAL, BEST))
+            write_source_models(self, (FINAL, BEST))
 
     def load_checkpoint(self, filename: str) -> None:
         """Resumes; of a source's model folder only weights are there to be loaded.
@@ -363,28 +358,18 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validates every source into its own model folder, as nnU-Net would validate a model of that dataset."""
-        if self.own_source is not None:
+        if self.own_source is None and os.environ.get(SKIP_VALIDATION_VARIABLE) != "1":
+            validate_sources(self, save_probabilities)
+        else:
             super().perform_actual_validation(save_probabilities)
-            return
-        validation_cases = self.do_split()[1]
-        for source in self.universe.sources:
-            if not any(self.universe.source_of(case) == source for case in validation_cases):
-                self.print_to_log_file(f"{source.dataset} has no validation case in fold {self.fold}.")
-                continue
-            plans, dataset_json = source_files(self, self.universe, source)
-            plans["continue_training"] = False
-            part = type(self)(plans, self.configuration_name, self.fold, dataset_json, self.device)
-            part.network, part.was_initialized = self.network, True
-            part.dataset_class = infer_dataset_class(part.preprocessed_dataset_folder)
-            part.inference_allowed_mirroring_axes = inference_axes(source)
-            network: Any = self.bare_network
-            _answer_for(network, source)
-            try:
-                part.perform_actual_validation(save_probabilities)
-            finally:
-                network.answer_for(None)
-            self.print_to_log_file(f"Validation of {source.dataset}: {os.path.join(part.output_folder, 'validation')}")
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Does nothing: there is one output."""
 
 
-def _answer_for(network: Any, source: Source) -> None:
-    network.answer_for(source.tasks, source.modality, background=not source.has_regions)
+def answer_for(network: Any, source: Source | None) -> None:
+    """Makes a network answer plain images in the convention of a source; None takes that back."""
+    if source is None:
+        network.answer_for(None)
+    else:
+        network.answer_for(source.tasks, source.modality, background=not source.has_regions)

@@ -5,6 +5,7 @@ their own dataset, and compared on the preprocessed grid; nothing is resampled b
 """
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import distributed as dist
 
-from nnunetv2_misfm.trainers.source_models import source_files
 from nnunetv2_misfm.universe import Source, Universe
 
 if TYPE_CHECKING:
-    from nnunetv2_misfm.trainers.base import MisfmTrainer
+    from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
 
 TABLE_NAME = "evaluation_per_dataset.csv"
 _HEADER = ("epoch", "dataset", "task", "dice", "cases")
@@ -33,6 +34,30 @@ class CaseScore:
     dataset: str
     task: int
     dice: float
+
+
+def evaluate_sources(trainer: "nnUNetTrainerHermes") -> None:
+    """Predicts validation cases of each source, shared among the ranks, and tells log and table how well.
+
+    A run that a signal has asked to end tells nothing: its next process begins this epoch's end anew.
+    """
+    universe = trainer.universe
+    cases = chosen_cases(trainer.do_split()[1], universe, trainer.method_recipe.evaluation_cases)
+    num_ranks = dist.get_world_size() if trainer.is_ddp else 1
+    mine = cases[trainer.local_rank :: num_ranks]
+    if trainer.average is not None:
+        trainer.average.swap()
+    scores = score_cases(trainer, trainer.dataset_class(trainer.preprocessed_dataset_folder, mine))
+    if trainer.average is not None:
+        trainer.average.swap()
+    if trainer.is_ddp:
+        gathered: list[Any] = [None] * num_ranks
+        dist.all_gather_object(gathered, scores)
+        scores = [score for of_rank in gathered for score in of_rank]
+    if trainer.ends_early() or trainer.local_rank != 0:
+        return
+    for line in write_scores(scores, universe, trainer.current_epoch, Path(trainer.output_folder)):
+        trainer.print_to_log_file(line)
 
 
 def chosen_cases(cases: Sequence[str], universe: Universe, number: int) -> list[str]:
@@ -50,10 +75,10 @@ def dice_of_tasks(predicted: np.ndarray, truth: np.ndarray, source: Source) -> l
 
     Args:
         predicted: Label map (D, H, W) in the source's values.
-        truth: Likewise; its unlabelled voxels are left out.
+        truth: Likewise; voxels of the ignore label are left out, what is below zero is background.
         source: The dataset.
     """
-    labelled = truth != (-1 if source.ignore_label is None else source.ignore_label)
+    labelled = np.ones(truth.shape, bool) if source.ignore_label is None else truth != source.ignore_label
     scores = []
     for values in source.values:
         said, true = (np.isin(labels, values) & labelled for labels in (predicted, truth))
@@ -62,12 +87,11 @@ def dice_of_tasks(predicted: np.ndarray, truth: np.ndarray, source: Source) -> l
     return scores
 
 
-def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBaseDataset) -> list[CaseScore]:
+def score_cases(trainer: "nnUNetTrainerHermes", dataset: nnUNetBaseDataset) -> list[CaseScore]:
     """Returns the scores of all tasks in all cases of a dataset object of the universal dataset.
 
     Args:
         trainer: Its network and device are used.
-        universe: The tasks.
         dataset: The cases to predict; none further once a signal has asked for the end of the run.
     """
     scores: list[CaseScore] = []
@@ -79,9 +103,9 @@ def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBase
         for case in dataset.identifiers:
             if trainer.interruption.requested is not None:
                 break
-            source = universe.source_of(case)
+            source = trainer.universe.source_of(case)
             if source is not former:
-                predictor, former = source_predictor(trainer, universe, source), source
+                predictor, former = source_predictor(trainer, source), source
                 network.answer_for(source.tasks, source.modality, background=not source.has_regions)
             assert predictor is not None
             data, segmentation, _, _ = dataset.load_case(case)
@@ -95,9 +119,9 @@ def score_cases(trainer: "MisfmTrainer", universe: Universe, dataset: nnUNetBase
     return scores
 
 
-def source_predictor(trainer: "MisfmTrainer", universe: Universe, source: Source) -> nnUNetPredictor:
+def source_predictor(trainer: "nnUNetTrainerHermes", source: Source) -> nnUNetPredictor:
     """Returns nnU-Net's predictor of the trainer's network in the convention of a source, without mirroring."""
-    plans, dataset_json = source_files(trainer, universe, source)
+    plans, dataset_json = trainer.source_files[source.dataset]
     manager = PlansManager(plans)
     predictor = nnUNetPredictor(
         use_mirroring=False, perform_everything_on_device=trainer.device.type == "cuda", device=trainer.device,
@@ -137,6 +161,8 @@ def write_scores(scores: Sequence[CaseScore], universe: Universe, epoch: int, fo
     if table.is_file():
         with open(table, newline="") as file:
             former = [row for row in list(csv.reader(file))[1:] if int(row[0]) < epoch]
-    with open(table, "w", newline="") as file:
+    temporary = table.with_name(table.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([_HEADER, *former, *rows])
+    os.replace(temporary, table)
     return lines

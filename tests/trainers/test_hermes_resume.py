@@ -8,7 +8,7 @@ from conftest import Workspace
 from interrupting import LENGTH, Training, assert_same_end, checkpoint_of, disturb, end_soon, make_repeatable
 from toy_universe import BRAIN, TRUNK, TUMOUR, universal_json, universal_plans, write_toy_universe
 
-from nnunetv2_misfm.trainers import hermes
+from nnunetv2_misfm.trainers import source_evaluation
 from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
 
 EVALUATED = {"hermes": {"evaluate_every_epochs": 1}}
@@ -101,7 +101,7 @@ def test_a_signal_within_an_evaluation_leaves_it_out_and_loses_nothing_else(
 ) -> None:
     run = training(EVALUATED)
     expected = run.uninterrupted()
-    score = hermes.score_cases
+    score = source_evaluation.score_cases
 
     def interrupted(trainer: Any, *arguments: Any) -> Any:
         if trainer.current_epoch == 1:
@@ -110,7 +110,7 @@ def test_a_signal_within_an_evaluation_leaves_it_out_and_loses_nothing_else(
 
     trainer = run.trainer()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(hermes, "score_cases", interrupted)
+        patch.setattr(source_evaluation, "score_cases", interrupted)
         trainer.run_training()
     run.finish(resume=True)
     assert_same_end(run.folder, expected)

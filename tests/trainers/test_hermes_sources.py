@@ -1,6 +1,7 @@
 import copy
 import json
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from toy_universe import (
 )
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.trainers import hermes
+from nnunetv2_misfm.trainers import source_evaluation
 from nnunetv2_misfm.trainers.hermes import nnUNetTrainerHermes
 
 
@@ -59,14 +60,14 @@ def test_datasets_are_evaluated_every_few_epochs_with_the_averaged_weights(
     block = {"num_epochs": 5, "ema_decay": 0.5, "hermes": {"evaluate_every_epochs": 2, "evaluation_cases": 2}}
     trainer = universal_trainer(universe, block)
     seen: list[Any] = []
-    score = hermes.score_cases
+    score = source_evaluation.score_cases
 
     def spy(given: Any, *arguments: Any) -> Any:
         state = {name: tensor.clone() for name, tensor in given.bare_network.state_dict().items()}
-        seen.append((given.current_epoch, state, arguments[1].identifiers))
+        seen.append((given.current_epoch, state, arguments[0].identifiers))
         return score(given, *arguments)
 
-    monkeypatch.setattr(hermes, "score_cases", spy)
+    monkeypatch.setattr(source_evaluation, "score_cases", spy)
     end_epoch = nnUNetTrainerHermes.on_epoch_end
 
     def on_epoch_end() -> None:
@@ -176,6 +177,80 @@ def test_training_under_a_sources_plans_names_the_right_command(universe: Worksp
     with pytest.raises(MisfmError) as caught:
         source_trainer(universe, TRUNK).run_training()
     assert str(caught.value) == (
-        "nnUNetPlansOf950 of Dataset042_Trunk only answer for a universal model: train Toy with "
+        "nnUNetPlansOf950 of Dataset042_Trunk only answer for a universal model: train Dataset950_Toy with "
         "nnUNetv2_train 950 3d_fullres 0 -tr nnUNetTrainerHermes -p nnUNetPlans."
     )
+
+
+# ---------------------------------------------------------------------- what a run was trained on
+
+
+def changed(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def spacing(plans: dict[str, Any]) -> None:
+    plans["configurations"]["3d_fullres"]["spacing"] = [3.0, 1.0, 1.0]
+
+
+def swapped(plans: dict[str, Any]) -> None:
+    plans["misfm_universal"]["sources"][0]["values"] = [[2], [1]]
+
+
+def renamed(dataset_json: dict[str, Any]) -> None:
+    dataset_json["labels"]["other"] = dataset_json["labels"].pop("organ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("nnUNetPlansOf950", spacing), ("nnUNetPlansOf950", swapped), ("dataset", renamed)]
+)
+def test_a_source_that_changed_since_it_was_trained_on_stops_resume_and_validation(
+    universe: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable
+) -> None:
+    monkeypatch.setenv("nnUNet_misfm_skip_validation", "1")
+    trainer = universal_trainer(universe)
+    trainer.run_training()
+    file = str(Path(trainer.output_folder) / "checkpoint_final.pth")
+    changed(universe.preprocessed / BRAIN / f"{name}.json", change)
+    monkeypatch.delenv("nnUNet_misfm_skip_validation")
+    for step in ("on_train_start", "perform_actual_validation"):
+        again = universal_trainer(universe)
+        again.load_checkpoint(file)
+        with pytest.raises(MisfmError, match=f"{BRAIN} has been joined, planned or labelled in another way since"):
+            getattr(again, step)()
+
+
+def test_model_folders_hold_what_was_trained_on_whatever_happens_meanwhile(
+    universe: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_misfm_skip_validation", "1")
+    trainer = universal_trainer(universe)
+    trainer.on_train_start()
+    changed(universe.preprocessed / BRAIN / "nnUNetPlansOf950.json", spacing)
+    trainer.on_train_end()
+    model = universe.root / "results" / BRAIN / "nnUNetTrainerHermes__nnUNetPlansOf950__quick"
+    plans = json.loads((model / "plans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [1.0, 1.0, 1.0]
+
+
+def test_a_missing_source_is_told_before_the_first_epoch(universe: Workspace) -> None:
+    (universe.preprocessed / TRUNK / "nnUNetPlansOf950.json").unlink()
+    with pytest.raises(MisfmError, match="run nnUNetv2_misfm universal again"):
+        universal_trainer(universe).on_train_start()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_fold_without_cases_is_one_sentence(universe: Workspace, part: str) -> None:
+    splits = universe.preprocessed / "Dataset950_Toy" / "splits_final.json"
+    whole = json.loads(splits.read_text())
+    splits.write_text(json.dumps([{**whole[0], part: []}]))
+    kind = {"train": "training", "val": "validation"}[part]
+    with pytest.raises(MisfmError, match=f"fold 0 of Dataset950_Toy has no {kind} case: train the fold 'all'"):
+        universal_trainer(universe).on_train_start()
+
+
+def test_a_patch_of_one_voxel_at_the_bottleneck_is_refused(universe: Workspace) -> None:
+    with pytest.raises(MisfmError, match="more than one voxel at the deepest level"):
+        universal_trainer(universe, patch_size=[4, 4, 4])

@@ -73,7 +73,7 @@ def test_each_dataset_is_chosen_from_by_itself_and_may_have_fewer_cases_or_none(
         (BRAIN, row(1, 1, 1, 2, 0, 0), row(1, 1, 0, 2, 2, 0), [4 / 5, 2 / 3]),
         (BRAIN, row(0, 0, 2), row(0, 0, 1), [0, 0]),
         (BRAIN, row(0, 0, 2), row(0, 0, 2), [NAN, 1]),
-        (BRAIN, row(0, 1), row(0, -1), [0, NAN]),  # -1 is what nobody labelled, where there is no ignore label
+        (BRAIN, row(0, 1), row(0, -1), [0, NAN]),  # -1 lies outside the non-zero mask: background
         # value 1 is the left kidney, value 2 the organ
         (TRUNK, row(1, 1, 2, 2), row(1, 2, 2, 2), [2 / 3, 4 / 5]),
         # the whole is values 1 and 2: 3 of 4 + 3; the core 1 of 1 + 2
@@ -83,8 +83,6 @@ def test_each_dataset_is_chosen_from_by_itself_and_may_have_fewer_cases_or_none(
     ],
 )
 def test_dice_by_hand(dataset: str, predicted: np.ndarray, truth: np.ndarray, expected: list[float]) -> None:
-    if -1 in truth:
-        expected = [NAN, NAN]
     assert dice_of_tasks(predicted, truth, SOURCES[dataset]) == pytest.approx(expected, nan_ok=True)
 
 
@@ -162,7 +160,7 @@ def test_whole_cases_are_scored_in_the_convention_of_their_dataset(
 ) -> None:
     # else corners weigh less than float16 can say
     monkeypatch.setattr(source_evaluation, "nnUNetPredictor", partial(nnUNetPredictor, use_gaussian=False))
-    scores = score_cases(trainer, UNIVERSE, dataset_of(trainer, CASES))
+    scores = score_cases(trainer, dataset_of(trainer, CASES))
     expected = []
     for case in sorted(CASES):
         source = UNIVERSE.source_of(case)
@@ -181,7 +179,7 @@ def test_the_network_is_left_as_it_was(trainer: Any, training: bool) -> None:
     network = trainer.bare_network.train(training)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     random_numbers = torch.get_rng_state()
-    score_cases(trainer, UNIVERSE, dataset_of(trainer, CASES[:2]))
+    score_cases(trainer, dataset_of(trainer, CASES[:2]))
     assert network.training is training and all(module.training is training for module in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
@@ -195,12 +193,12 @@ def test_a_case_that_cannot_be_read_leaves_the_network_as_it_was(trainer: Any) -
     dataset = dataset_of(trainer, CASES[:2])
     (Path(trainer.preprocessed_dataset_folder) / f"{CASES[1]}.pkl").unlink()
     with pytest.raises(FileNotFoundError):
-        score_cases(trainer, UNIVERSE, dataset)
+        score_cases(trainer, dataset)
     assert trainer.bare_network.training
     with pytest.raises(MisfmError, match="in the convention of one of its source datasets"):
         trainer.bare_network(torch.zeros(1, 1, 16, 16, 16))
 
 
 def test_no_case_is_no_score(trainer: Any) -> None:
-    assert score_cases(trainer, UNIVERSE, dataset_of(trainer, [])) == []
-    assert not any(math.isnan(s.dice) for s in score_cases(trainer, UNIVERSE, dataset_of(trainer, CASES[:1])))
+    assert score_cases(trainer, dataset_of(trainer, [])) == []
+    assert not any(math.isnan(s.dice) for s in score_cases(trainer, dataset_of(trainer, CASES[:1])))

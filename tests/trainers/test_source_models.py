@@ -28,7 +28,7 @@ from toy_universe import (
 from nnunetv2_misfm.architectures.context_prior import Context, Sample
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.installation import discovery_folder
-from nnunetv2_misfm.trainers.source_models import inference_axes, source_files, write_source_models
+from nnunetv2_misfm.trainers.source_models import inference_axes, read_source_files, write_source_models
 from nnunetv2_misfm.weights.checkpoint import tensors_sha256
 
 SOURCES = [BRAIN, TRUNK, TUMOUR]
@@ -144,7 +144,7 @@ def test_fingerprint_and_progress_lie_beside(trainer: Any) -> None:
 
 def test_checkpoints_that_are_not_there_are_passed_over(trainer: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    write_source_models(trainer, trainer.universe, ("checkpoint_of_no_run.pth", BEST))
+    write_source_models(trainer, ("checkpoint_of_no_run.pth", BEST))
     files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.pth"))
     assert files == [f"{d}/nnUNetTrainerHermes__nnUNetPlansOf950__quick/fold_0/{BEST}" for d in SOURCES]
 
@@ -155,7 +155,7 @@ def test_a_source_whose_files_are_gone_is_named(trainer: Any, missing: str) -> N
     aside = file.rename(file.with_suffix(".aside"))
     try:
         with pytest.raises(MisfmError) as caught:
-            source_files(trainer, trainer.universe, trainer.universe.named(TRUNK))
+            read_source_files(trainer.universe, trainer.plans_manager.plans)
     finally:
         aside.rename(file)
     assert str(caught.value) == (
