@@ -62,6 +62,10 @@ def small(universe: Workspace) -> Any:
     for name in ("nnUNetPlans_3d_fullres", "dataset.json", "dataset_fingerprint.json"):
         (folder / name).symlink_to(of_all / name)
     (folder / "splits_final.json").write_text('[{"train": ["041_case_0", "042_case_0"], "val": ["041_case_1"]}]')
+    for source in small_universe().sources:
+        own = {"plans_name": "nnUNetPlansOf940", PLANS_KEY: small_universe().answering(source.dataset).as_dict()}
+        plans = json.dumps({**source_plans(source.dataset), **own})
+        (universe.preprocessed / source.dataset / "nnUNetPlansOf940.json").write_text(plans)
     trainer = universal_trainer(universe, plans=plans_of(small_universe()))
     trainer.initialize()
     with_audible_priors(trainer.network)
