@@ -37,11 +37,11 @@ def add_universal_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="shared, in mm (default: nnU-Net's choice)"
     )
     command.add_argument(
-        "--patch-size", nargs=3, type=_positive, metavar=("D", "H", "W"), help="in voxels (default: as planned)"
+        "--patch-size", nargs=3, type=int, metavar=("D", "H", "W"), help="in voxels (default: as planned)"
     )
-    command.add_argument("--batch-size", type=_positive, metavar="N", help="default: as planned")
+    command.add_argument("--batch-size", type=int, metavar="N", help="default: as planned")
     command.add_argument(
-        "--features", nargs="+", type=_positive, metavar="N", help="channels of each stage (default: as planned)"
+        "--features", nargs="+", type=int, metavar="N", help="channels of each stage (default: as planned)"
     )
     command.add_argument(
         "--no-mirroring", nargs="+", type=int, default=[], metavar="ID", help="datasets that are never mirrored"
@@ -50,17 +50,10 @@ def add_universal_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--extend", type=int, metavar="ID", help="a universal dataset whose plans, tasks and sources are taken over"
     )
     command.add_argument("--alone", action="store_true", help="with --extend: without its sources")
-    command.add_argument("-np", "--processes", type=_positive, metavar="N", help="default: nnU-Net's")
+    command.add_argument("-np", "--processes", type=int, metavar="N", help="default: nnU-Net's")
     command.add_argument(
         "--no-preprocessing", action="store_true", help="only write plans, and name the commands that are left"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
 
 
 def _universal(options: argparse.Namespace) -> int:

@@ -20,11 +20,6 @@ def dataset_number(name: str) -> int:
     return int(name.removeprefix("Dataset")[:3])
 
 
-def dataset_number(dataset: str) -> int:
-    """Returns the number in a dataset's full name, 4 of Dataset004_Hippocampus."""
-    return int(dataset.removeprefix("Dataset")[:3])
-
-
 @dataclass(frozen=True)
 class Source:
     """A dataset of nnU-Net that a universal model learns and answers for.

@@ -228,6 +228,8 @@ def test_unsupported_nnunet_is_told_before_anything_of_it_is_used(
         "import": ["--input", "a", "-d", "4"],
         "benchmark": ["-d", "4", "-c", "c", "--trainers", "nnUNetTrainer"],
         "report": ["-d", "4", "-o", "o"],
+        "universal": ["-d", "4", "--dataset", "950"],
+        "priors": ["f.pth", "-o", "o"],
     }
     assert main([command, *needed.get(command, [])]) == 2
     assert capsys.readouterr().err == f"nnUNetv2_misfm {command}: nnunetv2 2.5 is installed.\n"

@@ -43,6 +43,7 @@ def test_plans_hold_plain_data() -> None:
             },
         ],
         "source": None,
+        "extends": None,
     }  # fmt: skip
 
 

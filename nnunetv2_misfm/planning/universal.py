@@ -5,6 +5,7 @@ its own (shared spacing, patch and network; its own normalisation), and the univ
 same command goes on where an earlier one stopped.
 """
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ from nnunetv2_misfm.planning.universal_extend import (
 )
 from nnunetv2_misfm.planning.universal_join import (
     Splits,
+    described,
     description,
     joint_splits,
+    keep_splits,
     link_cases,
     missing_cases,
     source_splits,
@@ -43,10 +46,10 @@ from nnunetv2_misfm.planning.universal_plans import (
     source_plans,
     with_overrides,
 )
-from nnunetv2_misfm.planning.universal_sources import UNIVERSAL, RawSource, check_cases, dataset_number, read_sources
+from nnunetv2_misfm.planning.universal_sources import UNIVERSAL, RawSource, check_cases, read_sources
 from nnunetv2_misfm.planning.universal_tasks import number_tasks, with_mirror_axes
 from nnunetv2_misfm.plans_file import PREPROCESSING_KEYS, VALID_NAME, full_name, read_json, write_json
-from nnunetv2_misfm.universe import PLANS_KEY, Universe
+from nnunetv2_misfm.universe import PLANS_KEY, Universe, dataset_number
 
 TRAINER = "nnUNetTrainerHermes"
 DEFAULT_PLANNER = "nnUNetPlannerResEncM"
@@ -119,7 +122,7 @@ def join(request: Request) -> str:
         request: What the user asks for.
 
     Raises:
-        MisfmError: What is asked for cannot be had, or a case is unfit, which shows before anything is written.
+        MisfmError: What is asked for cannot be had, or a case is unfit; no more is left than the sources' fingerprints.
     """
     _check_request(request)
     planner = find_planner(request.planner or DEFAULT_PLANNER)
@@ -133,24 +136,27 @@ def join(request: Request) -> str:
     if former is not None and base is not None:
         check_channels(former, base, sources)
     universe = number_tasks(request.dataset, sources, request.same, base)
+    splits = [source_splits(source) for source in sources]
     left_right = check_cases(sources, request.workers)
     fingerprints = [source_fingerprint(source, request.workers) for source in sources]
-    _write_description(universe, sources, fingerprints)
-    if former is None:
-        plans = joint_plans(universe, request.plans, planner, request.gpu_memory_gb, request.spacing_mm)
-    else:
-        plans = extended_plans(former, request.dataset)
-    plans = with_overrides(plans, request.patch_size, request.batch_size, request.features)
-    universe = with_mirror_axes(universe, sources, left_right, plans["transpose_forward"], request.no_mirroring)
-    if base is not None:
-        universe = as_before_or_less(universe, base)
-    own_plans = [
-        source_plans(plans, universe, source, fingerprint)
-        for source, fingerprint in zip(sources, fingerprints, strict=True)
-    ]
-    if base is not None:
-        own_plans = [reusing(own, base, request.plans) for own in own_plans]
-    return _finish(request, universe, sources, plans, own_plans)
+    with described(request.dataset, description(universe, sources), joint_fingerprint(fingerprints)):
+        if former is None:
+            plans = joint_plans(universe, request.plans, planner, request.gpu_memory_gb, request.spacing_mm)
+        else:
+            plans = extended_plans(former, request.dataset)
+        plans = with_overrides(plans, request.patch_size, request.batch_size, request.features)
+        universe = with_mirror_axes(universe, sources, left_right, plans["transpose_forward"], request.no_mirroring)
+        if base is not None:
+            universe = as_before_or_less(universe, base)
+        own_plans = [
+            source_plans(plans, universe, source, fingerprint)
+            for source, fingerprint in zip(sources, fingerprints, strict=True)
+        ]
+        if base is not None:
+            own_plans = [reusing(own, base, request.plans) for own in own_plans]
+        plans = _with_users_configurations({**plans, PLANS_KEY: universe.as_dict()})
+        own_plans = [_with_users_configurations(own) for own in own_plans]
+    return _finish(request, universe, sources, splits, plans, own_plans)
 
 
 def _check_request(request: Request) -> None:
@@ -167,8 +173,7 @@ def _check_request(request: Request) -> None:
                 f"expected a {option} of letters, digits, '.', '-' and single '_' that begins with a letter or digit, "
                 f"got {name!r}."
             )
-    if request.spacing_mm is not None and min(request.spacing_mm) <= 0:
-        raise MisfmError(f"expected a --spacing above 0 mm, got {times(request.spacing_mm)}.")
+    _check_numbers(request)
     if request.extend is None:
         if request.alone:
             raise MisfmError("expected --alone together with --extend, got it by itself: add --extend ID.")
@@ -187,6 +192,24 @@ def _check_request(request: Request) -> None:
             raise MisfmError(
                 f"{option} cannot be had with --extend: dataset {request.extend} has decided it; leave it out."
             )
+
+
+def _check_numbers(request: Request) -> None:
+    memory_gb, spacing_mm = request.gpu_memory_gb, request.spacing_mm
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise MisfmError(f"expected a finite --gpu-memory-gb above 0, got {memory_gb:g}.")
+    if spacing_mm is not None and not all(0 < value < math.inf for value in spacing_mm):
+        raise MisfmError(f"expected a finite --spacing above 0 mm, got {times(spacing_mm)}.")
+    counts = {
+        "--patch-size": request.patch_size,
+        "--batch-size": request.batch_size,
+        "--features": request.features,
+        "-np": request.processes,
+    }
+    for option, given in counts.items():
+        numbers = [given] if isinstance(given, int) else given or []
+        if any(number < 1 for number in numbers):
+            raise MisfmError(f"expected a {option} of 1 or more, got {times(numbers)}.")
 
 
 def _source_names(request: Request) -> list[str]:
@@ -242,30 +265,22 @@ def _check_taken(dataset: str, sources: Sequence[str], base: Universe | None) ->
             )
 
 
-def _write_description(universe: Universe, sources: Sequence[RawSource], fingerprints: Sequence[_Plans]) -> None:
-    """Writes dataset.json and fingerprint, which nnU-Net's planner reads."""
-    content = description(universe, sources)
-    for variable in (nnUNet_raw, nnUNet_preprocessed):
-        folder = Path(str(variable)) / universe.dataset
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(content, folder / "dataset.json")
-    write_json(joint_fingerprint(fingerprints), folder / "dataset_fingerprint.json")
-
-
 def _finish(
-    request: Request, universe: Universe, sources: Sequence[RawSource], plans: _Plans, own_plans: Sequence[_Plans]
+    request: Request,
+    universe: Universe,
+    sources: Sequence[RawSource],
+    splits: Sequence[Splits],
+    plans: _Plans,
+    own_plans: Sequence[_Plans],
 ) -> str:
     """Writes all but the description, preprocesses, links, and returns the report."""
     base = Path(str(nnUNet_preprocessed)) / universe.dataset
-    splits: list[Splits] = []
-    for source, own in zip(sources, own_plans, strict=True):
+    for source, own, folds in zip(sources, own_plans, splits, strict=True):
         _write_source_plans(source, own)
-        splits.append(source_splits(source))
-    plans_file = base / f"{plans['plans_name']}.json"
-    content = {**plans, PLANS_KEY: universe.as_dict()}
-    content["configurations"] = {**plans["configurations"], **_users_configurations(plans_file)}
-    write_json(content, plans_file)
-    write_json(joint_splits(universe, splits), base / "splits_final.json")
+        keep_splits(source, folds)
+    write_json(plans, base / f"{plans['plans_name']}.json")
+    joint = joint_splits(universe, splits)
+    write_json(joint, base / "splits_final.json")
     report = [_summary(universe, plans), "", *_table(universe), ""]
     identifiers = [own["configurations"][CONFIGURATION]["data_identifier"] for own in own_plans]
     incomplete = [
@@ -283,15 +298,16 @@ def _finish(
         preprocess(source.dataset, [CONFIGURATION], own["plans_name"], request.workers)
     link_cases(universe, sources, identifiers, base / plans["configurations"][CONFIGURATION]["data_identifier"])
     option = "" if request.plans == "nnUNetPlans" else f" -p {request.plans}"
-    return "\n".join([*report, f"next: nnUNetv2_train {request.number} {CONFIGURATION} 0 -tr {TRAINER}{option}"])
+    fold = 0 if joint[0]["val"] else "all"  # a fold that holds out no case cannot be validated
+    return "\n".join([*report, f"next: nnUNetv2_train {request.number} {CONFIGURATION} {fold} -tr {TRAINER}{option}"])
 
 
-def _users_configurations(plans_file: Path) -> dict[str, Any]:
-    """Returns the configurations that the user added to former plans."""
-    if not plans_file.is_file():
-        return {}
-    former = read_json(plans_file)["configurations"]
-    return {name: content for name, content in former.items() if "inherits_from" in content}
+def _with_users_configurations(plans: _Plans) -> _Plans:
+    """Returns plans with the configurations that the user added to the former ones of their name."""
+    file = Path(str(nnUNet_preprocessed)) / plans["dataset_name"] / f"{plans['plans_name']}.json"
+    former = read_json(file)["configurations"] if file.is_file() else {}
+    users = {name: content for name, content in former.items() if "inherits_from" in content}
+    return {**plans, "configurations": {**plans["configurations"], **users}}
 
 
 def _write_source_plans(source: RawSource, plans: _Plans) -> None:

@@ -9,9 +9,9 @@ from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.universal_plans import CONFIGURATION
-from nnunetv2_misfm.planning.universal_sources import RawSource, dataset_number
+from nnunetv2_misfm.planning.universal_sources import RawSource
 from nnunetv2_misfm.plans_file import find_plans, read_json
-from nnunetv2_misfm.universe import PLANS_KEY, Universe
+from nnunetv2_misfm.universe import PLANS_KEY, Universe, dataset_number
 
 
 def former_plans(number: int, plans_name: str) -> tuple[dict[str, Any], Universe]:

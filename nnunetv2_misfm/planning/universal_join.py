@@ -1,8 +1,9 @@
 """The files of a universal dataset that refer to its sources: dataset.json, folds, and links to preprocessed cases."""
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.universal_sources import UNIVERSAL, Case, RawSource
 from nnunetv2_misfm.plans_file import read_json, write_json
+from nnunetv2_misfm.trainers.base import NUM_DEFAULT_FOLDS
 from nnunetv2_misfm.universe import Universe
 
 # nnU-Net's own split (nnUNetTrainer.do_split)
-NUM_FOLDS, _SEED = 5, 12345
+_SEED = 12345
 # What a preprocessed case consists of (nnUNetDatasetBlosc2); the image last: it is the sign that a case is there
 _CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
@@ -59,8 +61,43 @@ def _reference(file: str, folder: Path) -> str:
     return os.path.relpath(path, folder) if folder.parent in path.parents else str(path)
 
 
+@contextlib.contextmanager
+def described(dataset: str, content: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Iterator[None]:
+    """Writes the dataset.json and fingerprint of a universal dataset, which nnU-Net's planner reads.
+
+    Where the block that follows fails, they are as they were before, and a dataset that was not there is gone again.
+
+    Args:
+        dataset: Full name of the universal dataset.
+        content: Its dataset.json (`description`).
+        fingerprint: Its dataset_fingerprint.json.
+    """
+    raw, preprocessed = (Path(str(variable)) / dataset for variable in (nnUNet_raw, nnUNet_preprocessed))
+    wanted = {
+        raw / "dataset.json": content,
+        preprocessed / "dataset.json": content,
+        preprocessed / "dataset_fingerprint.json": fingerprint,
+    }
+    former = {file: file.read_bytes() if file.is_file() else None for file in wanted}
+    new_folders = [folder for folder in (raw, preprocessed) if not folder.exists()]
+    try:
+        for file, entries in wanted.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(dict(entries), file)
+        yield
+    except BaseException:
+        for file, before in former.items():
+            if before is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(before)
+        for folder in new_folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def source_splits(source: RawSource) -> Splits:
-    """Returns a source's folds: its splits_final.json, else nnU-Net's own, which are then written there.
+    """Returns a source's folds: its splits_final.json, else nnU-Net's own.
 
     Where it has fewer cases than folds, fold k holds out case k modulo their number; one case alone is never held out.
 
@@ -80,16 +117,21 @@ def source_splits(source: RawSource) -> Splits:
             break
     else:
         splits = _own_splits(names)
-    if not file.is_file():
-        write_json(splits, file)
     return splits
 
 
+def keep_splits(source: RawSource, splits: Splits) -> None:
+    """Writes a source's folds as its splits_final.json, where it has none."""
+    file = Path(str(nnUNet_preprocessed)) / source.dataset / "splits_final.json"
+    if not file.is_file():
+        write_json(splits, file)
+
+
 def _own_splits(names: Sequence[str]) -> Splits:
-    if len(names) >= NUM_FOLDS:
-        folds = generate_crossval_split(sorted(names), seed=_SEED, n_splits=NUM_FOLDS)
+    if len(names) >= NUM_DEFAULT_FOLDS:
+        folds = generate_crossval_split(sorted(names), seed=_SEED, n_splits=NUM_DEFAULT_FOLDS)
         return [{part: [str(name) for name in fold[part]] for part in ("train", "val")} for fold in folds]
-    held_out = [names[k % len(names)] if len(names) > 1 else None for k in range(NUM_FOLDS)]
+    held_out = [names[k % len(names)] if len(names) > 1 else None for k in range(NUM_DEFAULT_FOLDS)]
     return [{"train": [name for name in names if name != out], "val": [] if out is None else [out]} for out in held_out]
 
 
@@ -100,7 +142,7 @@ def joint_splits(universe: Universe, splits: Sequence[Splits]) -> Splits:
         universe: Its sources.
         splits: Of each of them.
     """
-    num_folds = max(NUM_FOLDS, *(len(own) for own in splits))
+    num_folds = max(NUM_DEFAULT_FOLDS, *(len(own) for own in splits))
     return [
         {
             part: [

@@ -153,6 +153,11 @@ def with_overrides(
                 f"expected a --patch-size of multiples of {times(divisor)}, by which the network pools (axes as in the "
                 f"preprocessed arrays), got {times(patch_size)}."
             )
+        if list(patch_size) == divisor:
+            raise MisfmError(
+                "expected a --patch-size of which the network's deepest level keeps more than one voxel, as its "
+                f"normalisation needs, got {times(patch_size)}: add {min(divisor)} or more along an axis."
+            )
         changed["patch_size"] = list(patch_size)
     if batch_size is not None:
         changed["batch_size"] = batch_size

@@ -23,6 +23,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunetv2_misfm.data.engine import run
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.plans_file import read_json
+from nnunetv2_misfm.universe import dataset_number
 
 # Name of the mark in `misfm` of the dataset.json of a universal dataset
 UNIVERSAL = "universal"
@@ -88,11 +89,6 @@ class RawSource:
     def file_ending(self) -> str:
         """The ending of its files, e.g. .nii.gz."""
         return self.description["file_ending"]
-
-
-def dataset_number(dataset: str) -> int:
-    """Returns the number in a dataset's full name."""
-    return int(dataset.removeprefix("Dataset")[:3])
 
 
 def read_sources(datasets: Sequence[str], modalities: Mapping[int, str]) -> list[RawSource]:
@@ -279,11 +275,11 @@ def _open(opening: _Opening) -> int | None:
     if image.shape[0] != opening.num_channels:
         raise MisfmError(f"expected {opening.num_channels} channels in {name}, got {image.shape[0]}: mend the case.")
     if image.ndim != 4 or 1 in image.shape[1:]:
-        raise MisfmError(f"expected 3D images, got {_times(image.shape[1:])} voxels in {name}: leave its dataset out.")
+        raise MisfmError(f"expected 3D images, got {_size(image)} voxels in {name}: leave its dataset out.")
     if image.shape[1:] != label.shape[1:]:
         raise MisfmError(
-            f"expected {case.label} as large as its image ({_times(image.shape[1:])} voxels), got "
-            f"{_times(label.shape[1:])}: mend or remove the case."
+            f"expected {case.label} as large as its image ({_size(image)} voxels), got "
+            f"{_size(label)}: mend or remove the case."
         )
     if not np.isfinite(image).all():
         raise MisfmError(f"{name} holds voxels that are no numbers or infinite: mend or remove the case.")
@@ -340,5 +336,8 @@ def _listed(items: Collection[Any]) -> str:
     return ", ".join(map(str, items))
 
 
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+def _size(array: np.ndarray) -> str:
+    """Returns the voxels of [C, D, H, W] as a text."""
+    from nnunetv2_misfm.planning.pct_net_planner import times  # not above: every worker would load the trainers with it
+
+    return times(array.shape[1:])

@@ -5,15 +5,32 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from nnunetv2_misfm.errors import MisfmError
-from nnunetv2_misfm.planning.universal_sources import RawSource, dataset_number
-from nnunetv2_misfm.universe import Source, Universe
+from nnunetv2_misfm.planning.universal_sources import RawSource
+from nnunetv2_misfm.universe import Source, Universe, dataset_number
 
 # A class of a dataset: its number and the name of the class
 _Class = tuple[int, str]
 
 _CLASS = re.compile(r"(\d+):(.+)", re.DOTALL)
-# Left and right as words of a class's name in lower case; a single letter before a digit is none (vertebra L1)
-_SIDE = re.compile(r"(?<![a-z])(left|right|lt|rt|[lr](?!\d))(?![a-z])")
+# Words with left or right in them that speak of no side (a short list of ours)
+_NO_SIDE = re.compile(
+    r"(?<![a-z])(albright|alright|aright|bright|cleft|downright|fright|leftovers?(?![a-z])|outright|upright|wright)"
+)
+# Left and right in lower case: anywhere in full, else as words (lh and rh: hemispheres); a single letter before a digit
+# is none (vertebra L1)
+_SIDE = re.compile(r"left|right|(?<![a-z])(lt|rt|lh|rh|[lr](?!\d))(?![a-z])")
+# A capital L or R directly before a capitalised word (LKidney), and the four chambers of the heart (LV)
+_CAPITAL_SIDE = re.compile(r"(?<![A-Za-z])[LR](?=[A-Z][a-z]{2}|[AV](?![A-Za-z]))")
+# L or R directly before a paired structure in whatever case (Rkidney, RLUNG), since rectum and lung begin so too (a
+# list of ours: stems of the common ones, none of which makes another word with l or r before it)
+_PAIRED = (
+    "adrenal", "amygdal", "atri(um|a)", "brachial", "breast", "carotid", "caudate", "cerebell", "cerebr", "clavic",
+    "cochlea", "cortex", "eye", "femor", "femur", "fibula", "foot", "glute", "hand", "hemi", "hip", "humer", "iliac",
+    "jugular", "kidney", "knee", "lens", "lobe", "lung", "masseter", "optic", "orbit", "ovary", "pallidum", "parotid",
+    "psoas", "putamen", "scapula", "shoulder", "subclavia", "submandib", "testi", "thalam", "thigh", "tibia", "ureter",
+    "ventric",
+)  # fmt: skip
+_SIDE_OF_PAIR = re.compile(rf"(?<![a-z])[lr]({'|'.join(_PAIRED)})")
 
 
 def number_tasks(
@@ -125,8 +142,13 @@ def _check_distinct(source: RawSource, numbers: Sequence[int]) -> None:
 
 
 def has_side(name: str) -> bool:
-    """Returns whether a class's name speaks of left or right: kidney_left, Lt. lung, leftKidney, hand R."""
-    return _SIDE.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) is not None
+    """Returns whether a class's name speaks of left or right: kidney_left, Lt. lung, kidneyLeft, LKidney, lh_cortex.
+
+    In doubt it does, for mirroring is then lost along one axis; the other way round left and right would be mixed up.
+    """
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    lower = _NO_SIDE.sub("", words.lower())
+    return any((_CAPITAL_SIDE.search(words), _SIDE.search(lower), _SIDE_OF_PAIR.search(lower)))
 
 
 def with_mirror_axes(

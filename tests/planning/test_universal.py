@@ -24,6 +24,7 @@ BRAIN, ABDOMEN, HEAD = "Dataset004_Brain", "Dataset101_Abdomen", "Dataset102_Hea
 UNIVERSAL = "Dataset950_Universal"
 SIDED = {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3}
 QUICK = ("--spacing", "1", "1", "1", "--gpu-memory-gb", "1", "--batch-size", "2", "-np", "1")
+LATER = ("-d", "4", "--dataset", "960")
 COMMAND = ("universal", "-d", "4", "101", "--dataset", "950", *QUICK, "--same", "4:organ=101:liver")
 
 
@@ -123,14 +124,17 @@ def test_folds_unite_the_sources(root: Path) -> None:
 def test_configure_works_on_the_plans_and_joining_again_keeps_it_and_every_case(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans_file = configure("950", "3d_fullres", "quick", ["num_epochs=2", "batch_size=3"])
+    plans_files = [
+        configure("950", "3d_fullres", "quick", ["num_epochs=2", "batch_size=3"]),
+        configure("101", "3d_fullres", "own", ["batch_size=4"], "nnUNetPlansOf950"),
+    ]
     folders = [root / "preprocessed" / name / "nnUNetPlansOf950_3d_fullres" for name in (BRAIN, ABDOMEN)]
-    before, content = [times_of(folder) for folder in folders], read(plans_file)
+    before, contents = [times_of(folder) for folder in folders], [read(file) for file in plans_files]
     (folders[1] / "case_1.pkl").unlink()
     assert main(COMMAND) == 0
     assert capsys.readouterr().out.splitlines() == [
         "wrote Dataset950_Universal: 9 cases, 4 tasks, 2 modalities; spacing 1 x 1 x 1 mm, patch "
-        f"{' x '.join(map(str, content['configurations']['3d_fullres']['patch_size']))}, batch 2",
+        f"{' x '.join(map(str, contents[0]['configurations']['3d_fullres']['patch_size']))}, batch 2",
         "",
         "source              cases  tasks                                       modality  mirror axes",
         "Dataset004_Brain    6      4:organ, 4:lesion                           MR        0, 1, 2",
@@ -139,10 +143,20 @@ def test_configure_works_on_the_plans_and_joining_again_keeps_it_and_every_case(
         "next: nnUNetv2_train 950 3d_fullres 0 -tr nnUNetTrainerHermes",
     ]
     after = [times_of(folder) for folder in folders]
-    assert after[0] == before[0] and read(plans_file) == content
+    assert after[0] == before[0] and [read(file) for file in plans_files] == contents
+    assert [list(content["configurations"]) for content in contents] == [["3d_fullres", "quick"], ["3d_fullres", "own"]]
     assert {name for name in after[1] if after[1][name] != before[1][name]} == {
         "case_1.b2nd", "case_1_seg.b2nd", "case_1.pkl"
     }  # fmt: skip
+
+
+def test_the_next_command_trains_on_all_cases_where_the_first_fold_holds_out_none(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_raw(root / "raw", "Dataset105_Lone", num_cases=1)
+    assert main(("universal", "-d", "105", "--dataset", "956", "-p", "mine", *QUICK)) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "next: nnUNetv2_train 956 3d_fullres all -tr nnUNetTrainerHermes -p mine"
 
 
 # Extension
@@ -206,7 +220,17 @@ def test_impossible_extensions_are_refused(
         (("-d", "4", "--dataset", "960", "--name", "a__b"), "expected a --name of letters"),
         (("-d", "4", "--dataset", "960", "--modality", "CT"), "expected --modality of the form 101=CT, got 'CT'."),
         (("-d", "4", "--dataset", "960", "--no-mirroring", "5"), "expected --no-mirroring of datasets that are joined"),
-        (("-d", "4", "--dataset", "960", "--spacing", "1", "0", "1"), "expected a --spacing above 0 mm"),
+        (("-d", "4", "--dataset", "960", "--spacing", "1", "0", "1"), "expected a finite --spacing above 0 mm"),
+        ((*LATER, "--spacing", "nan", "1", "1"), "expected a finite --spacing above 0 mm, got nan x 1 x 1."),
+        ((*LATER, "--spacing", "inf", "1", "1"), "expected a finite --spacing above 0 mm, got inf x 1 x 1."),
+        ((*LATER, "--gpu-memory-gb", "-3"), "expected a finite --gpu-memory-gb above 0, got -3."),
+        ((*LATER, "--gpu-memory-gb", "0"), "expected a finite --gpu-memory-gb above 0, got 0."),
+        ((*LATER, "--gpu-memory-gb", "nan"), "expected a finite --gpu-memory-gb above 0, got nan."),
+        ((*LATER, "--gpu-memory-gb", "inf"), "expected a finite --gpu-memory-gb above 0, got inf."),
+        ((*LATER, "--patch-size", "8", "0", "8"), "expected a --patch-size of 1 or more, got 8 x 0 x 8."),
+        ((*LATER, "--batch-size", "0"), "expected a --batch-size of 1 or more, got 0."),
+        ((*LATER, "--features", "8", "-1"), "expected a --features of 1 or more, got 8 x -1."),
+        ((*LATER, "-np", "0"), "expected a -np of 1 or more, got 0."),
         (("-d", "4", "101", "--dataset", "960", "--same", "4:x=101:liver"), "got 4:x; known are organ, lesion."),
     ],
 )
@@ -217,12 +241,36 @@ def test_impossible_requests_are_refused_and_leave_nothing(
     assert not list(root.glob("*/Dataset960_*"))
 
 
-def test_a_run_that_was_refused_late_leaves_the_number_free(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for sources in (("4",), ("101", "4")):
-        said = refusal(capsys, "-d", *sources, "--dataset", "955", *QUICK, "--patch-size", "16", "16", "15")
-        assert "expected a --patch-size of multiples of" in said and "got 16 x 16 x 15." in said
-    for name in ("raw", "preprocessed"):
-        shutil.rmtree(root / name / "Dataset955_Universal")
+def test_a_run_that_was_refused_late_leaves_nothing_and_the_number_free(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+    before = files()
+    for option, numbers, sentence in (
+        ("--patch-size", ("16", "16", "15"), "got 16 x 16 x 15."),
+        ("--features", ("8",), "stages, got 1: 8."),
+    ):
+        for number in ("955", "950"):
+            sources = ("-d", "4", "101", "--dataset", number)
+            assert sentence in refusal(capsys, *sources, *QUICK, option, *numbers)
+            assert files() == before and not list(root.glob("*/Dataset955_*"))
+    again = ("universal", "-d", "101", "4", "--dataset", "955", "--name", "Other", *QUICK, "--no-preprocessing")
+    assert main(again) == 0
+    for folder in root.glob("*/Dataset955_Other"):
+        shutil.rmtree(folder)
+
+
+def test_wrong_folds_of_a_source_are_refused_before_anything_is_written(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_raw(root / "raw", "Dataset106_Folds", num_cases=2)
+    (folder / "splits_final.json").write_text('[{"train": ["case_0"], "val": ["case_9"]}]')
+    said = refusal(capsys, "-d", "4", "106", "--dataset", "960", *QUICK)
+    shutil.rmtree(folder)
+    assert "splits_final.json names case_9, which Dataset106_Folds does not have" in said
+    assert not list(root.glob("*/Dataset960_*")) and not (root / "preprocessed/Dataset106_Folds").exists()
 
 
 def test_unfit_case_leaves_nothing(

@@ -7,8 +7,10 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_misfm.errors import MisfmError
 from nnunetv2_misfm.planning.universal_join import (
+    described,
     description,
     joint_splits,
+    keep_splits,
     link_cases,
     missing_cases,
     source_splits,
@@ -54,6 +56,28 @@ def test_description_refers_to_files_below_nnunet_raw_relatively(folders: Path) 
     assert written["numTraining"] == 2 and written["channel_names"] == {"0": "CT/MR"}
 
 
+def failing(dataset: str) -> None:
+    with described(dataset, {"name": "new"}, {"spacings": []}):
+        raise KeyboardInterrupt
+
+
+def test_description_is_written_for_what_follows_and_taken_back_where_that_fails(folders: Path) -> None:
+    raw, preprocessed = folders / "raw" / UNIVERSAL, folders / "preprocessed" / UNIVERSAL
+    with pytest.raises(KeyboardInterrupt):
+        failing(UNIVERSAL)
+    assert not raw.exists() and not preprocessed.exists()
+    with described(UNIVERSAL, {"name": "first"}, {"spacings": [[1, 1, 1]]}):
+        assert json.loads((preprocessed / "dataset_fingerprint.json").read_text()) == {"spacings": [[1, 1, 1]]}
+    (preprocessed / "splits_final.json").write_text("[]")
+    (preprocessed / "dataset_fingerprint.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        failing(UNIVERSAL)
+    assert [json.loads((folder / "dataset.json").read_text()) for folder in (raw, preprocessed)] == [
+        {"name": "first"}, {"name": "first"}
+    ]  # fmt: skip
+    assert {file.name for file in preprocessed.iterdir()} == {"dataset.json", "splits_final.json"}
+
+
 # Folds
 
 
@@ -66,14 +90,20 @@ def test_folds_of_the_source_are_taken_as_they_are(brain: RawSource, folders: Pa
 def test_folds_beside_the_raw_data_come_next_as_in_nnunet(brain: RawSource, folders: Path) -> None:
     splits = write_splits(folders / "raw/Dataset004_Brain", "c5")
     assert source_splits(brain) == splits
-    assert json.loads((folders / "preprocessed/Dataset004_Brain/splits_final.json").read_text()) == splits
 
 
-def test_else_the_folds_are_those_that_nnunet_would_draw_and_are_left_for_it(brain: RawSource, folders: Path) -> None:
+def test_else_the_folds_are_those_that_nnunet_would_draw(brain: RawSource, folders: Path) -> None:
     drawn = generate_crossval_split([f"c{i}" for i in range(6)], seed=12345, n_splits=5)
     expected = [{part: list(map(str, fold[part])) for part in ("train", "val")} for fold in drawn]
     assert source_splits(brain) == expected
-    assert json.loads((folders / "preprocessed/Dataset004_Brain/splits_final.json").read_text()) == expected
+    assert not (folders / "preprocessed/Dataset004_Brain/splits_final.json").exists()
+
+
+def test_folds_are_left_for_nnunet_where_the_source_has_none(brain: RawSource, folders: Path) -> None:
+    file = folders / "preprocessed/Dataset004_Brain/splits_final.json"
+    keep_splits(brain, [{"train": ["c0"], "val": ["c1"]}])
+    keep_splits(brain, [{"train": ["c1"], "val": ["c0"]}])
+    assert json.loads(file.read_text()) == [{"train": ["c0"], "val": ["c1"]}]
 
 
 def test_few_cases_are_held_out_in_turn(folders: Path) -> None:

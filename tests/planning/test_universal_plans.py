@@ -9,6 +9,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from toy import toy_plans
 from universal_datasets import write_raw
@@ -153,12 +154,24 @@ def test_heads_of_attention_follow_the_features() -> None:
     ("overrides", "sentence"),
     [
         ({"patch_size": (16, 16, 18)}, r"--patch-size of multiples of 4 x 4 x 4, .* got 16 x 16 x 18\.$"),
+        ({"patch_size": (4, 4, 4)}, r"--patch-size of which .* more than one voxel, .* got 4 x 4 x 4: add 4 or more"),
         ({"features": (4, 8)}, r"--features of 3 stages, got 2: 4 x 8\.$"),
     ],
 )
 def test_overrides_that_do_not_fit_the_network_are_refused(overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisfmError, match=sentence):
         with_overrides(toy_plans(), **overrides)
+
+
+def test_smallest_patch_leaves_two_voxels_at_the_deepest_level() -> None:
+    planned = PlansManager(with_overrides(toy_plans(), (4, 8, 4))).get_configuration("3d_fullres")
+    network = get_network_from_plans(
+        planned.network_arch_class_name, planned.network_arch_init_kwargs,
+        planned.network_arch_init_kwargs_req_import, 1, 2, deep_supervision=False,
+    )  # fmt: skip
+    assert network(torch.zeros(1, 1, 4, 8, 4)).shape[2:] == (4, 8, 4)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        network(torch.zeros(1, 1, 4, 4, 4))
 
 
 # A source's plans
