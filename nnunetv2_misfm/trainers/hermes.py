@@ -194,7 +194,11 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
             MisfmError: The file's tasks or modalities are others, or in another order.
         """
         account = super()._account_of_flag()
-        plans = (read_checkpoint(account["file"]).get("init_args") or {}).get("plans", {}) if account["file"] else {}
+        try:
+            checkpoint = read_checkpoint(account["file"]) if account["file"] else {}
+        except MisfmError:  # nnU-Net reads what is refused here: no universal checkpoint, which would be plain data
+            checkpoint = {}
+        plans = (checkpoint.get("init_args") or {}).get("plans", {})
         if PLANS_KEY in plans:
             theirs = Universe.from_plans(plans)
             if (theirs.tasks, theirs.modalities) != (self.universe.tasks, self.universe.modalities):
