@@ -166,7 +166,7 @@ def refused(
     ("setting", "sentence"),
     [
         ("num_epoch=5", r"unknown key 'num_epoch'; known are accumulate_steps, .*num_epochs, .*\(misfm\), those of "
-                        r"hermes, masked_image_modelling, .*volume_fusion \(method.key\), .*batch_size, .*\(nnU-Net\) and"),
+                        r"hermes, .*volume_fusion \(method.key\), .*batch_size, .*\(nnU-Net\) and"),
         ("misfm={}", "unknown key 'misfm'"),
         ("inherits_from=quick", "unknown key 'inherits_from'"),
         ("volume_fusion=3", "unknown key 'volume_fusion'"),
