@@ -12,7 +12,7 @@ datasets of several numbers of tasks in turn; "bare" is the network without prio
 measures everything once, so that a machine whose speed drifts does so for all; figures are median (lowest to highest)
 over the rounds, each that of its repetitions' median, and ratios are those within a round; CPU seconds are summed over
 the threads and say more than wall seconds on a machine with other work. On CUDA the networks run under autocast to
-float16, as nnU-Net trains them. The defaults take some five minutes on two cores.
+float16, as nnU-Net trains them. The defaults take some ten minutes on two cores.
 """
 
 import argparse
