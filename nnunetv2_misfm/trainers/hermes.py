@@ -244,12 +244,8 @@ class nnUNetTrainerHermes(FinetuneTrainer):  # noqa: N801 - nnU-Net's convention
         image, segmentation = (batch[name].to(self.device, non_blocking=True) for name in ("data", "target"))
         if training:
             image, segmentation = mirrored(image, segmentation, sources)
-        num_slots = self.universe.max_tasks
-        return {
-            **batch,
-            "data": Sample(image, contexts(sources, num_slots, self.device)),
-            "target": task_labels(segmentation, sources, num_slots),
-        }
+        context = contexts(sources, self.universe.max_tasks, self.device)
+        return {**batch, "data": Sample(image, context), "target": task_labels(segmentation, sources, context)}
 
     # ------------------------------------------------------------------ training
 

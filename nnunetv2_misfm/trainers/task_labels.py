@@ -53,16 +53,16 @@ def contexts(sources: Sequence[Source], num_slots: int, device: torch.device) ->
     )
 
 
-def task_labels(segmentation: Tensor, sources: Sequence[Source], num_slots: int) -> TaskLabels:
+def task_labels(segmentation: Tensor, sources: Sequence[Source], context: Context) -> TaskLabels:
     """Returns the masks of each sample's tasks.
 
     Args:
         segmentation: Whole numbers (B, 1, D, H, W) in the values of each sample's own dataset; what is below zero
             lies outside the image and counts as background.
         sources: Of each sample.
-        num_slots: T.
+        context: What `contexts` made of them.
     """
-    device = segmentation.device
+    device, num_slots = segmentation.device, context.labelled.shape[1]
     values = segmentation[:, 0].long().clamp(min=0)
     num_values = 1 + max(
         max([source.ignore_label or 0, *(v for group in source.values for v in group)]) for source in sources
@@ -76,7 +76,6 @@ def task_labels(segmentation: Tensor, sources: Sequence[Source], num_slots: int)
             ignored[row, source.ignore_label] = True
     belongs, ignored = belongs.to(device), ignored.to(device)
     values.clamp_(max=num_values)
-    context = contexts(sources, num_slots, device)
     return TaskLabels(
         torch.stack([table[:, sample] for table, sample in zip(belongs, values, strict=True)]),
         context.present,

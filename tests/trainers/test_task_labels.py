@@ -23,6 +23,10 @@ def masks_of(labels: TaskLabels, sample: int) -> list[list[int]]:
     return labels.masks[sample, :, 0, 0].int().tolist()
 
 
+def labels_of(maps: Tensor, sources: Sequence[Source], num_slots: int) -> TaskLabels:
+    return task_labels(maps, sources, contexts(sources, num_slots, maps.device))
+
+
 def slow_labels(maps: Tensor, sources: Sequence[Source], num_slots: int) -> tuple[Tensor, Tensor]:
     """Masks and labelled voxels, one voxel at a time."""
     masks = torch.zeros(len(sources), num_slots, *maps.shape[2:], dtype=torch.bool)
@@ -37,14 +41,14 @@ def slow_labels(maps: Tensor, sources: Sequence[Source], num_slots: int) -> tupl
 
 
 def test_each_value_becomes_the_mask_of_its_task_in_the_sources_own_order() -> None:
-    labels = task_labels(segmentation([0, 1, 2, 1]), [SOURCES[TRUNK]], 2)
+    labels = labels_of(segmentation([0, 1, 2, 1]), [SOURCES[TRUNK]], 2)
     assert masks_of(labels, 0) == [[0, 1, 0, 1], [0, 0, 1, 0]]
     assert labels.masks.dtype == labels.present.dtype == labels.labelled.dtype == torch.bool
     assert labels.labelled.all() and labels.modality.tolist() == [1]
 
 
 def test_regions_overlap_and_ignored_voxels_belong_to_none() -> None:
-    labels = task_labels(segmentation([0, 1, 2, 3]), [SOURCES[TUMOUR]], 2)
+    labels = labels_of(segmentation([0, 1, 2, 3]), [SOURCES[TUMOUR]], 2)
     assert masks_of(labels, 0) == [[0, 1, 1, 0], [0, 0, 1, 0]]
     assert labels.labelled[0, 0, 0].tolist() == [True, True, True, False]
 
@@ -52,14 +56,14 @@ def test_regions_overlap_and_ignored_voxels_belong_to_none() -> None:
 @pytest.mark.parametrize("value", [-1, -7, 4, 200, 32767])
 @pytest.mark.parametrize("dataset", [BRAIN, TRUNK, TUMOUR])
 def test_what_is_outside_the_image_or_unknown_is_background(dataset: str, value: int) -> None:
-    labels = task_labels(segmentation([value, 2]), [SOURCES[dataset]], 2)
+    labels = labels_of(segmentation([value, 2]), [SOURCES[dataset]], 2)
     assert [row[0] for row in masks_of(labels, 0)] == [0, 0]
     assert masks_of(labels, 0)[1][1] == 1 and labels.labelled.all()
 
 
 def test_one_value_means_what_the_samples_own_dataset_says() -> None:
     sources = [SOURCES[BRAIN], SOURCES[TUMOUR], LONELY]
-    labels = task_labels(segmentation([3, 7, 1], [3, 7, 1], [3, 7, 1]), sources, 3)
+    labels = labels_of(segmentation([3, 7, 1], [3, 7, 1], [3, 7, 1]), sources, 3)
     assert masks_of(labels, 0) == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert masks_of(labels, 1) == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert masks_of(labels, 2) == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
@@ -70,7 +74,7 @@ def test_a_slow_loop_agrees_on_a_mixed_batch() -> None:
     sources = [LONELY, SOURCES[TUMOUR], SOURCES[BRAIN], SOURCES[TRUNK], LONELY]
     maps = torch.randint(-2, 11, (5, 1, 4, 3, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
     before = maps.clone()
-    labels = task_labels(maps, sources, 4)
+    labels = labels_of(maps, sources, 4)
     masks, labelled = slow_labels(maps, sources, 4)
     assert torch.equal(labels.masks, masks) and torch.equal(labels.labelled, labelled)
     assert masks.any((2, 3, 4)).sum() == 8 and not labelled.all() and torch.equal(maps, before)
@@ -79,7 +83,7 @@ def test_a_slow_loop_agrees_on_a_mixed_batch() -> None:
 def test_a_loaders_float_maps_are_read_alike() -> None:
     maps = segmentation([-1, 0, 1, 2, 3])
     for found, expected in zip(
-        task_labels(maps.float(), [SOURCES[TUMOUR]], 2), task_labels(maps, [SOURCES[TUMOUR]], 2), strict=True
+        labels_of(maps.float(), [SOURCES[TUMOUR]], 2), labels_of(maps, [SOURCES[TUMOUR]], 2), strict=True
     ):
         assert torch.equal(found, expected)
 
@@ -88,7 +92,7 @@ def test_a_loaders_float_maps_are_read_alike() -> None:
 def test_missing_tasks_are_padded_as_absent(num_slots: int) -> None:
     sources = [SOURCES[TRUNK], LONELY]
     context = contexts(sources, num_slots, CPU)
-    labels = task_labels(segmentation([1, 7], [1, 7]), sources, num_slots)
+    labels = labels_of(segmentation([1, 7], [1, 7]), sources, num_slots)
     padding = num_slots - 2
     assert context.labelled[0, :2].tolist() == [2, 0] and context.labelled[1, 0] == 5
     assert context.labelled.shape == (2, num_slots) and 0 <= context.labelled.min() and context.labelled.max() <= 5
@@ -102,7 +106,7 @@ def test_missing_tasks_are_padded_as_absent(num_slots: int) -> None:
 
 
 def test_to_moves_every_part() -> None:
-    moved = task_labels(segmentation([1]), [SOURCES[BRAIN]], 2).to(torch.device("meta"))
+    moved = labels_of(segmentation([1]), [SOURCES[BRAIN]], 2).to(torch.device("meta"))
     assert isinstance(moved, TaskLabels) and {tensor.device.type for tensor in moved} == {"meta"}
 
 
