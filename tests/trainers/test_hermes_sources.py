@@ -254,3 +254,24 @@ def test_a_fold_without_cases_is_one_sentence(universe: Workspace, part: str) ->
 def test_a_patch_of_one_voxel_at_the_bottleneck_is_refused(universe: Workspace) -> None:
     with pytest.raises(MisfmError, match="more than one voxel at the deepest level"):
         universal_trainer(universe, patch_size=[4, 4, 4])
+
+
+def test_pct_net_plans_train_a_universal_model_too(universe: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_misfm_skip_validation", "1")
+    arguments = {"features_per_stage": [4, 4, 8, 16, 32], "num_heads": [1, 1, 1], "strides": [[1] * 3, *[[2] * 3] * 4]}
+    architecture = {
+        "network_class_name": "nnunetv2_misfm.architectures.PCTNet",
+        "arch_kwargs": arguments,
+        "_kw_requires_import": [],
+    }
+    trainer = universal_trainer(universe, architecture=architecture, patch_size=[20, 20, 20])
+    trainer.initialize()
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.run_training()
+    learned = {name for name, tensor in trainer.network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"encoder.stages.4.block.swin", "decoder.stages.0.up", "fusions.encoder_4.task_tokens"} <= _prefixes(learned)
+    assert not any(name.startswith("decoder.seg_layers") for name in before)
+
+
+def _prefixes(names: set[str]) -> set[str]:
+    return {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
